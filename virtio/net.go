@@ -1,0 +1,141 @@
+package virtio
+
+import (
+	"encoding/binary"
+	"fmt"
+)
+
+// Sizes of struct virtio_net_hdr in bytes (virtio-v1.2 §5.1.6): with the num_buffers field, which is there when VERSION_1 or
+// MRG_RXBUF was negotiated, and the legacy form without it.
+const (
+	NetHdrSize       = 12
+	NetHdrSizeLegacy = 10
+)
+
+// NetHdrLen is the size in bytes of the header in front of every frame under the negotiated features f.
+func NetHdrLen(f Features) int {
+	if f&(FVersion1|FNetMrgRxbuf) != 0 {
+		return NetHdrSize
+	}
+	return NetHdrSizeLegacy
+}
+
+// Values of NetHdr.Flags (virtio-v1.2 §5.1.6).
+const (
+	NetHdrNeedsCsum = 1 // CsumStart and CsumOffset say where a checksum is to be completed
+	NetHdrDataValid = 2 // checksum was verified
+)
+
+// Values of NetHdr.GSOType (virtio-v1.2 §5.1.6).
+const (
+	GSONone  = 0
+	GSOTCPv4 = 1
+	GSOUDP   = 3 // UFO: fragmentation at the IP layer
+	GSOTCPv6 = 4
+	GSOUDPL4 = 5    // USO: segmentation at the UDP layer
+	GSOECN   = 0x80 // flag: the TCP header has ECN set
+)
+
+// MaxFrame is the longest frame that a guest may send or get, in bytes: a 64 KiB IP packet with Ethernet and VLAN headers.
+const MaxFrame = 65535 + 14 + 4
+
+// NetHdr is struct virtio_net_hdr (virtio-v1.2 §5.1.6), decoded.
+type NetHdr struct {
+	Flags      uint8
+	GSOType    uint8
+	HdrLen     uint16 // bytes of headers to replicate in each segment: a hint, never trusted
+	GSOSize    uint16 // payload bytes of each segment
+	CsumStart  uint16 // offset in the frame from which the checksum runs
+	CsumOffset uint16 // offset from CsumStart at which it is stored
+	NumBuffers uint16 // merged receive buffers; 0 or 1 for transmitted frames
+}
+
+// DecodeNetHdr reads a header of 10 or 12 bytes. It panics when b is shorter than 10 bytes.
+func DecodeNetHdr(b []byte) NetHdr {
+	h := NetHdr{
+		Flags: b[0], GSOType: b[1],
+		HdrLen:     binary.LittleEndian.Uint16(b[2:]),
+		GSOSize:    binary.LittleEndian.Uint16(b[4:]),
+		CsumStart:  binary.LittleEndian.Uint16(b[6:]),
+		CsumOffset: binary.LittleEndian.Uint16(b[8:]),
+	}
+	if len(b) >= NetHdrSize {
+		h.NumBuffers = binary.LittleEndian.Uint16(b[10:])
+	}
+	return h
+}
+
+// Encode writes the header into b, which is 10 or 12 bytes long.
+func (h NetHdr) Encode(b []byte) {
+	b[0], b[1] = h.Flags, h.GSOType
+	binary.LittleEndian.PutUint16(b[2:], h.HdrLen)
+	binary.LittleEndian.PutUint16(b[4:], h.GSOSize)
+	binary.LittleEndian.PutUint16(b[6:], h.CsumStart)
+	binary.LittleEndian.PutUint16(b[8:], h.CsumOffset)
+	if len(b) >= NetHdrSize {
+		binary.LittleEndian.PutUint16(b[10:], h.NumBuffers)
+	}
+}
+
+// GSO is the segmentation type without the ECN flag.
+func (h NetHdr) GSO() uint8 { return h.GSOType &^ GSOECN }
+
+// Validate checks a header that came from a driver against a frame of frameLen bytes, and the features it negotiated:
+// whatever passes can be handed to a device or to the segmentation code without further checks on these fields
+// (virtio-v1.2 §5.1.6.2.2).
+func (h NetHdr) Validate(frameLen int, f Features) error {
+	if h.Flags&NetHdrNeedsCsum != 0 {
+		if f&FNetCsum == 0 {
+			return fmt.Errorf("NEEDS_CSUM without VIRTIO_NET_F_CSUM")
+		}
+		if end := int(h.CsumStart) + int(h.CsumOffset) + 2; end > frameLen {
+			return fmt.Errorf("checksum at %d+%d beyond a frame of %d bytes", h.CsumStart, h.CsumOffset, frameLen)
+		}
+	}
+	need, ok := gsoFeature[h.GSO()]
+	switch {
+	case h.GSOType == GSONone:
+		return nil
+	case !ok:
+		return fmt.Errorf("unknown gso_type %#x", h.GSOType)
+	case f&need != need:
+		return fmt.Errorf("gso_type %#x without the feature %v", h.GSOType, need)
+	case h.GSOType&GSOECN != 0 && f&FNetHostECN == 0:
+		return fmt.Errorf("gso_type %#x without the feature %v", h.GSOType, FNetHostECN)
+	case h.GSOSize == 0:
+		return fmt.Errorf("gso_size 0 with gso_type %#x", h.GSOType)
+	case h.Flags&NetHdrNeedsCsum == 0:
+		return fmt.Errorf("gso_type %#x without NEEDS_CSUM", h.GSOType)
+	}
+	return nil
+}
+
+var gsoFeature = map[uint8]Features{
+	GSOTCPv4: FNetHostTSO4, GSOTCPv6: FNetHostTSO6, GSOUDP: FNetHostUFO, GSOUDPL4: FNetHostUSO,
+}
+
+// Values of NetConfig.Status (virtio-v1.2 §5.1.4).
+const (
+	NetStatusLinkUp   = 1
+	NetStatusAnnounce = 2
+)
+
+// NetConfigSize is the size in bytes of struct virtio_net_config up to and including mtu.
+const NetConfigSize = 12
+
+// NetConfig is struct virtio_net_config (virtio-v1.2 §5.1.4) up to the fields of the features that vhostd offers.
+type NetConfig struct {
+	MAC      [6]byte
+	Status   uint16
+	MaxPairs uint16 // max_virtqueue_pairs, 1 to 0x8000
+	MTU      uint16 // bytes
+}
+
+// Encode returns the NetConfigSize bytes of the configuration space.
+func (c NetConfig) Encode() []byte {
+	b := make([]byte, 0, NetConfigSize)
+	b = append(b, c.MAC[:]...)
+	b = binary.LittleEndian.AppendUint16(b, c.Status)
+	b = binary.LittleEndian.AppendUint16(b, c.MaxPairs)
+	return binary.LittleEndian.AppendUint16(b, c.MTU)
+}
