@@ -1,0 +1,57 @@
+package shm
+
+import (
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// Mapping is a shared mapping of part of a file.
+type Mapping struct {
+	Bytes []byte // the part asked for
+	whole []byte // from the page before it; nil when backed by the heap
+}
+
+// Map maps size bytes of fd from offset off, for reading and writing. The offset may be any byte; the file must hold the range, since
+// touching a page behind its end raises SIGBUS. The fd can be closed afterwards. The memory is left out of core dumps.
+func Map(fd int, off, size uint64) (*Mapping, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, fmt.Errorf("fstat of the memory file: %w", err)
+	}
+	if size == 0 || off+size < off || off+size > uint64(st.Size) {
+		return nil, fmt.Errorf("range %#x+%#x is outside a memory file of %#x bytes", off, size, st.Size)
+	}
+	// A hugetlb file maps only at multiples of its page size, which is its block size.
+	page := uint64(max(int64(os.Getpagesize()), int64(st.Blksize)))
+	if page&(page-1) != 0 || page > 1<<30 {
+		page = uint64(os.Getpagesize())
+	}
+	start := off &^ (page - 1)
+	length := (off + size - start + page - 1) &^ (page - 1) // munmap of hugetlb wants whole pages
+	whole, err := unix.Mmap(fd, int64(start), int(length), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE)
+	if err != nil {
+		return nil, fmt.Errorf("mmap of %#x bytes at %#x of the memory file: %w", size, off, err)
+	}
+	// Best effort: a kernel without the advice still maps correctly.
+	_ = unix.Madvise(whole, unix.MADV_DONTDUMP)
+	b := whole[off-start:]
+	return &Mapping{Bytes: b[:size:size], whole: whole}, nil
+}
+
+// Heap returns a Mapping backed by Go's heap, which the race detector can watch.
+func Heap(size int) *Mapping {
+	v := make([]uint64, (size+7)/8)
+	return &Mapping{Bytes: asBytes(v)[:size:size]}
+}
+
+// Unmap gives the memory back; every slice of it is invalid from then on. A second call does nothing.
+func (m *Mapping) Unmap() error {
+	whole := m.whole
+	m.Bytes, m.whole = nil, nil
+	if whole == nil {
+		return nil
+	}
+	return unix.Munmap(whole)
+}
