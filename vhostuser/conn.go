@@ -1,0 +1,252 @@
+package vhostuser
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// DefaultTimeout is used for every time limit that is left at zero.
+const DefaultTimeout = 10 * time.Second
+
+// ConnOptions are the time limits of a connection. Zero stands for DefaultTimeout.
+type ConnOptions struct {
+	PartialTimeout time.Duration // from the first byte of a message to its last
+	WriteTimeout   time.Duration // to send one message
+}
+
+func orDefault(d time.Duration) time.Duration {
+	if d <= 0 {
+		return DefaultTimeout
+	}
+	return d
+}
+
+// Conn sends and receives messages over a UNIX stream socket. One goroutine may read while others write and close.
+type Conn struct {
+	sock    *net.UnixConn
+	partial time.Duration
+	write   time.Duration
+
+	writing sync.Mutex // one message at a time
+
+	closing sync.Once
+	closed  chan struct{}
+	err     error // of the socket's close
+}
+
+// NewConn makes a Conn of a connected UNIX stream socket, which it owns from here on.
+func NewConn(sock *net.UnixConn, opts ConnOptions) *Conn {
+	return &Conn{
+		sock:    sock,
+		partial: orDefault(opts.PartialTimeout),
+		write:   orDefault(opts.WriteTimeout),
+		closed:  make(chan struct{}),
+	}
+}
+
+// NewConnFD makes a Conn of a descriptor, which it owns from here on, also if it returns an error: the descriptor is
+// not a connected UNIX stream socket.
+func NewConnFD(fd int, opts ConnOptions) (*Conn, error) {
+	f := os.NewFile(uintptr(fd), "vhost-user socket")
+	if f == nil {
+		return nil, fmt.Errorf("file descriptor %d: %w", fd, os.ErrInvalid)
+	}
+	defer f.Close()
+	c, err := net.FileConn(f) // duplicates, close-on-exec and non-blocking
+	if err != nil {
+		return nil, fmt.Errorf("file descriptor %d is not a connected socket: %w", fd, err)
+	}
+	sock, ok := c.(*net.UnixConn)
+	if !ok || sock.LocalAddr().Network() != "unix" {
+		c.Close()
+		return nil, fmt.Errorf("file descriptor %d is not a UNIX stream socket", fd)
+	}
+	return NewConn(sock, opts), nil
+}
+
+// Close ends the connection and wakes up whoever reads or writes. It may be called more than once.
+func (c *Conn) Close() error {
+	c.closing.Do(func() {
+		close(c.closed)
+		c.err = c.sock.Close()
+	})
+	return c.err
+}
+
+// Closed is closed when Close has been called.
+func (c *Conn) Closed() <-chan struct{} { return c.closed }
+
+// HungUp tells, without waiting, whether either end has closed the connection. Messages may still be left to read.
+func (c *Conn) HungUp() bool {
+	raw, err := c.sock.SyscallConn()
+	if err != nil {
+		return true
+	}
+	hungUp := true
+	err = raw.Control(func(fd uintptr) {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		_, err := unix.Poll(p, 0)
+		hungUp = err == nil && p[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
+	})
+	return err != nil || hungUp
+}
+
+// ReadMessage waits, for as long as it takes, for the next message and reads it whole. The caller owns the message
+// and its descriptors.
+//
+// Errors: io.EOF if the peer hung up between messages, net.ErrClosed after Close, ErrProtocol for what the framing
+// does not allow, os.ErrDeadlineExceeded for a message left unfinished. After any error the stream is out of step and
+// the Conn is of no further use but to be closed. No descriptor stays open.
+func (c *Conn) ReadMessage() (*Message, error) { return c.readMessage(0) }
+
+// readMessage is ReadMessage with a limit for the wait for the first byte; 0 is none.
+func (c *Conn) readMessage(wait time.Duration) (*Message, error) {
+	var start time.Time // zero: no deadline
+	if wait > 0 {
+		start = time.Now().Add(wait)
+	}
+	if err := c.sock.SetReadDeadline(start); err != nil {
+		return nil, err
+	}
+	r := reader{conn: c}
+	m, err := r.message()
+	if err != nil {
+		CloseFDs(r.fds)
+		return nil, err
+	}
+	return m, nil
+}
+
+// reader collects one message.
+type reader struct {
+	conn *Conn
+	got  int   // bytes of this message so far
+	fds  []int // that came with its first bytes
+}
+
+func (r *reader) message() (*Message, error) {
+	var hdr [HeaderSize]byte
+	if err := r.full(hdr[:]); err != nil {
+		return nil, err
+	}
+	h, err := DecodeHeader(hdr[:])
+	if err != nil {
+		return nil, &RequestError{h.Request, err}
+	}
+	m := &Message{Request: h.Request, Flags: h.Flags, Payload: make([]byte, h.Size)}
+	if err := r.full(m.Payload); err != nil {
+		return nil, &RequestError{h.Request, err}
+	}
+	m.FDs = r.fds
+	return m, nil
+}
+
+// full fills b, however small the pieces are.
+func (r *reader) full(b []byte) error {
+	for len(b) > 0 {
+		first := r.got == 0
+		n, err := r.some(b)
+		r.got += n
+		b = b[n:]
+		if err != nil {
+			return r.explain(err)
+		}
+		if first && r.got > 0 {
+			if err := r.conn.sock.SetReadDeadline(time.Now().Add(r.conn.partial)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// some reads what there is, and takes in its descriptors. Those are legal with the first bytes only.
+func (r *reader) some(b []byte) (int, error) {
+	oob := make([]byte, unix.CmsgSpace(MaxFDs*4))
+	n, oobn, flags, _, err := r.conn.sock.ReadMsgUnix(b, oob) // descriptors arrive close-on-exec
+	fds, perr := parseFDs(oob[:oobn])
+	late := r.got > 0 && len(fds) > 0
+	r.fds = append(r.fds, fds...)
+	switch {
+	case err != nil:
+		return n, err
+	case flags&unix.MSG_CTRUNC != 0:
+		return n, fmt.Errorf("%w: more than %d file descriptors", ErrProtocol, MaxFDs)
+	case perr != nil:
+		return n, fmt.Errorf("%w: ancillary data: %w", ErrProtocol, perr)
+	case late:
+		return n, fmt.Errorf("%w: file descriptors in the middle of a message", ErrProtocol)
+	}
+	return n, nil
+}
+
+// explain tells the end of the stream between two messages from one within a message, and names what was missing.
+func (r *reader) explain(err error) error {
+	switch {
+	case r.got == 0:
+		return err
+	case errors.Is(err, io.EOF):
+		return fmt.Errorf("%w: connection closed after %d bytes of a message", io.ErrUnexpectedEOF, r.got)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return fmt.Errorf("message unfinished after %d bytes and %v: %w", r.got, r.conn.partial, err)
+	}
+	return err
+}
+
+// parseFDs returns the descriptors in received ancillary data.
+func parseFDs(oob []byte) (fds []int, err error) {
+	if len(oob) == 0 {
+		return nil, nil
+	}
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	for _, m := range msgs {
+		if m.Header.Level != unix.SOL_SOCKET || m.Header.Type != unix.SCM_RIGHTS {
+			continue
+		}
+		some, perr := unix.ParseUnixRights(&m)
+		fds = append(fds, some...)
+		err = errors.Join(err, perr)
+	}
+	return fds, err
+}
+
+// WriteMessage sends a message; its descriptors stay the caller's. Nothing about it is checked. If it cannot be sent
+// within the write timeout, the connection is closed: part of it may have gone out.
+func (c *Conn) WriteMessage(m *Message) error { return c.WriteRaw(m.Encode(), m.FDs) }
+
+// WriteRaw sends bytes, and descriptors with the first of them, as they are. Otherwise it is as WriteMessage.
+func (c *Conn) WriteRaw(b []byte, fds []int) error {
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	err := c.writeAll(b, fds)
+	if err != nil {
+		c.Close()
+	}
+	return err
+}
+
+// writeAll sends in one piece if the socket takes it: some front-ends do not put replies together again.
+func (c *Conn) writeAll(b []byte, fds []int) error {
+	if err := c.sock.SetWriteDeadline(time.Now().Add(c.write)); err != nil {
+		return err
+	}
+	var oob []byte
+	if len(fds) > 0 {
+		oob = unix.UnixRights(fds...)
+	}
+	n, _, err := c.sock.WriteMsgUnix(b, oob, nil)
+	if err == nil && n < len(b) {
+		_, err = c.sock.Write(b[n:])
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return fmt.Errorf("peer does not read: %d bytes not sent within %v: %w", len(b), c.write, err)
+	}
+	return err
+}
