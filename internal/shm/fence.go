@@ -6,3 +6,10 @@ package shm
 //
 //go:noescape
 func Fence()
+
+// StoreFence16 stores v at p as one 16-bit store, leaving the 16 bits beside it alone, and then does what Fence does. p must be
+// 2-aligned. The race detector takes no notice of the store, so the other side may load it as an IndexWord in a race test; for
+// the same reason it publishes nothing else.
+//
+//go:noescape
+func StoreFence16(p *uint16, v uint16)

@@ -43,7 +43,7 @@ func Map(fd int, off, size uint64) (*Mapping, error) {
 // Heap returns a Mapping backed by Go's heap, which the race detector can watch.
 func Heap(size int) *Mapping {
 	v := make([]uint64, (size+7)/8)
-	return &Mapping{Bytes: asBytes(v)[:size:size]}
+	return &Mapping{Bytes: Bytes(v)[:size:size]}
 }
 
 // Unmap gives the memory back; every slice of it is invalid from then on. A second call does nothing.

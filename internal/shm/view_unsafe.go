@@ -50,6 +50,8 @@ func Index(b []byte, off int) (IndexWord, error) {
 // Addr is the address of b's first byte, for system calls that take iovecs and for alignment checks.
 func Addr(b []byte) uintptr { return uintptr(unsafe.Pointer(unsafe.SliceData(b))) }
 
-func asBytes(v []uint64) []byte {
-	return unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(v))), 8*len(v))
+// Bytes is the memory of v, whose type has no pointers.
+func Bytes[T any](v []T) []byte {
+	var t T
+	return unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(v))), len(v)*int(unsafe.Sizeof(t)))
 }
