@@ -64,9 +64,9 @@ func NewConnFD(fd int, opts ConnOptions) (*Conn, error) {
 		return nil, fmt.Errorf("file descriptor %d is not a connected socket: %w", fd, err)
 	}
 	sock, ok := c.(*net.UnixConn)
-	if !ok || sock.LocalAddr().Network() != "unix" {
+	if !ok || sock.LocalAddr().Network() != "unix" || sock.RemoteAddr() == nil {
 		c.Close()
-		return nil, fmt.Errorf("file descriptor %d is not a UNIX stream socket", fd)
+		return nil, fmt.Errorf("file descriptor %d is not a connected UNIX stream socket", fd)
 	}
 	return NewConn(sock, opts), nil
 }
@@ -171,6 +171,7 @@ func (r *reader) full(b []byte) error {
 func (r *reader) some(b []byte) (int, error) {
 	oob := make([]byte, unix.CmsgSpace(MaxFDs*4))
 	n, oobn, flags, _, err := r.conn.sock.ReadMsgUnix(b, oob) // descriptors arrive close-on-exec
+	n, oobn = max(n, 0), max(oobn, 0)                         // -1 with some errors
 	fds, perr := parseFDs(oob[:oobn])
 	late := r.got > 0 && len(fds) > 0
 	r.fds = append(r.fds, fds...)

@@ -2,6 +2,7 @@ package vhostuser
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"sync"
@@ -12,7 +13,8 @@ import (
 
 // FrontEnd is the front-end role: one method per request. It asks for an ack to every request once REPLY_ACK is
 // negotiated (see NeedReply) and returns a refusal as NACKError. All errors are RequestErrors. Methods may be called
-// from any goroutine; they go out one at a time. Descriptors that are passed in stay the caller's.
+// from any goroutine; they go out one at a time. After a reply that is late or wrong the connection is closed.
+// Descriptors that are passed in stay the caller's.
 type FrontEnd struct {
 	// NeedReply makes requests ask for an ack, and wait for it, when REPLY_ACK is negotiated. New front-ends have it
 	// set. Without it errors show only as the end of the connection.
@@ -64,19 +66,22 @@ func (f *FrontEnd) Receive() (*Message, error) { return f.conn.readMessage(orDef
 func (f *FrontEnd) call(req Request, payload []byte, fds ...int) ([]byte, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	reply, err := f.exchange(req, payload, fds)
+	m := &Message{Request: req, Flags: FlagVersion, Payload: payload, FDs: fds}
+	row := frontEndTable[req]
+	if err := row.check(m); err != nil {
+		return nil, &RequestError{req, err}
+	}
+	reply, err := f.exchange(m, row)
+	if nack := (*NACKError)(nil); err != nil && !errors.As(err, &nack) {
+		f.conn.Close() // a late reply would pass for the next one
+	}
 	if err != nil {
 		return nil, &RequestError{req, err}
 	}
 	return reply, nil
 }
 
-func (f *FrontEnd) exchange(req Request, payload []byte, fds []int) ([]byte, error) {
-	m := &Message{Request: req, Flags: FlagVersion, Payload: payload, FDs: fds}
-	row := frontEndTable[req]
-	if err := row.check(m); err != nil {
-		return nil, err
-	}
+func (f *FrontEnd) exchange(m *Message, row row) ([]byte, error) {
 	ack := row.reply == noPayload && f.NeedReply && f.protocol&ProtocolReplyAck != 0
 	if ack {
 		m.Flags |= FlagNeedReply
@@ -86,15 +91,15 @@ func (f *FrontEnd) exchange(req Request, payload []byte, fds []int) ([]byte, err
 	}
 	switch {
 	case ack:
-		return nil, f.conn.readAck(req, orDefault(f.ReplyTimeout))
+		return nil, f.conn.readAck(m.Request, orDefault(f.ReplyTimeout))
 	case row.reply == noPayload:
 		return nil, nil
 	}
-	reply, err := f.conn.readReply(req, orDefault(f.ReplyTimeout))
+	reply, err := f.conn.readReply(m.Request, orDefault(f.ReplyTimeout))
 	if err != nil {
 		return nil, err
 	}
-	if req == ReqGetConfig && len(reply) == 0 {
+	if m.Request == ReqGetConfig && len(reply) == 0 {
 		return nil, &NACKError{}
 	}
 	return reply, row.reply.checkSize(reply)

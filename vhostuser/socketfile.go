@@ -98,10 +98,13 @@ func removeStale(path string) error {
 	if err == nil {
 		c.Close()
 	}
-	if err == nil || !errors.Is(err, unix.ECONNREFUSED) {
+	switch {
+	case err == nil, errors.Is(err, unix.EAGAIN): // accepted, or waiting in a full backlog
 		return fmt.Errorf("%s is in use by another process: stop it, or choose another path", path)
+	case errors.Is(err, unix.ECONNREFUSED):
+		return os.Remove(path)
 	}
-	return os.Remove(path)
+	return fmt.Errorf("cannot tell whether %s is in use: %w", path, err)
 }
 
 func inheritListener(fd int) (*net.UnixListener, error) {
