@@ -1,0 +1,68 @@
+package sys
+
+import (
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// readable polls without waiting.
+func readable(t *testing.T, fd int) bool {
+	t.Helper()
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	if _, err := unix.Poll(fds, 0); err != nil {
+		t.Fatal(err)
+	}
+	return fds[0].Revents&unix.POLLIN != 0
+}
+
+func TestEventFDSignalsAddUpToOneWakeUp(t *testing.T) {
+	e, err := NewEventFD()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	if readable(t, e.FD()) || e.Drain() {
+		t.Fatal("a new eventfd is signalled")
+	}
+	e.Signal()
+	e.Signal()
+	if !readable(t, e.FD()) {
+		t.Fatal("not readable after Signal")
+	}
+	if !e.Drain() || e.Drain() || readable(t, e.FD()) {
+		t.Fatal("one Drain does not take all signals")
+	}
+}
+
+func TestEventFDSignalAtMaximumDoesNotBlock(t *testing.T) {
+	e, err := NewEventFD()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	full := [8]byte{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
+	if _, err := unix.Write(e.FD(), full[:]); err != nil {
+		t.Skipf("cannot fill the counter on this byte order: %v", err)
+	}
+	e.Signal()
+	if !e.Drain() {
+		t.Fatal("not signalled")
+	}
+}
+
+func TestEventFDCloseTwice(t *testing.T) {
+	e, err := NewEventFD()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if e.FD() != -1 {
+		t.Fatalf("FD() = %d after Close", e.FD())
+	}
+}
