@@ -72,24 +72,25 @@ func (s *session) serve(m *Message) error {
 	if m.Flags&FlagReply != 0 {
 		return &RequestError{m.Request, fmt.Errorf("%w: reply flag on a request", ErrProtocol)}
 	}
+	acked := s.wantsAck(m)
 	row, known := frontEndTable[m.Request]
 	if !known {
-		return s.refuse(m, row, fmt.Errorf("%w: not served", ErrProtocol))
+		return s.refuse(m, row, acked, fmt.Errorf("%w: not served", ErrProtocol))
 	}
 	if err := row.check(m); err != nil {
 		return &RequestError{m.Request, err}
 	}
 	reply, err := s.dispatch(m, row)
-	if err != nil {
-		return s.refuse(m, row, err)
+	acked = acked || s.wantsAck(m) // SET_PROTOCOL_FEATURES may ask by the old features or by the new
+	switch {
+	case err != nil:
+		return s.refuse(m, row, acked, err)
+	case row.reply != noPayload:
+		return s.reply(m, reply)
+	case acked:
+		return s.reply(m, encodeU64(0))
 	}
-	if row.reply == noPayload {
-		if !s.wantsAck(m) {
-			return nil
-		}
-		reply = encodeU64(0)
-	}
-	return s.reply(m, reply)
+	return nil
 }
 
 // dispatch calls the Handler if the request is legal now, with its queues paused.
@@ -148,14 +149,13 @@ func (s *session) index(m *Message, row row) (int, error) {
 	return int(index), nil
 }
 
-// wantsAck tells whether the front-end waits for an ack. It is asked after the request was served, so that the request
-// which negotiates REPLY_ACK may ask for one.
+// wantsAck tells whether the front-end waits for an ack.
 func (s *session) wantsAck(m *Message) bool {
 	return m.Flags&FlagNeedReply != 0 && s.protocol&ProtocolReplyAck != 0
 }
 
 // refuse answers a request that failed in the mildest way that leaves no front-end waiting or misled.
-func (s *session) refuse(m *Message, row row, err error) error {
+func (s *session) refuse(m *Message, row row, acked bool, err error) error {
 	err = &RequestError{m.Request, err}
 	var answer []byte
 	switch {
@@ -163,7 +163,7 @@ func (s *session) refuse(m *Message, row row, err error) error {
 		return err
 	case m.Request == ReqGetConfig && s.protocol&ProtocolConfig != 0:
 		answer = nil // an empty payload is this request's way to say error
-	case row.reply == noPayload && s.wantsAck(m):
+	case row.reply == noPayload && acked:
 		answer = encodeU64(1)
 	default:
 		return err
