@@ -91,7 +91,7 @@ func TestListenerRefuses(t *testing.T) {
 
 func TestListenerClose(t *testing.T) {
 	checkFDs(t)
-	l, dial := testListener(t, ListenOptions{})
+	l, _ := testListener(t, ListenOptions{})
 	result := make(chan error)
 	go func() {
 		_, err := l.Accept(context.Background())
@@ -107,7 +107,6 @@ func TestListenerClose(t *testing.T) {
 	if _, err := os.Lstat(l.file.path); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the socket is still there: %v", err)
 	}
-	_ = dial
 }
 
 func TestListenerAcceptCancelled(t *testing.T) {
@@ -253,16 +252,17 @@ func TestDialer(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	var listener *net.UnixListener
+	listener := make(chan *net.UnixListener, 1)
 	go func() {
 		<-waiting // nothing is there yet
-		listener, _ = net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+		l, _ := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+		listener <- l
 	}()
 	for range 3 {
 		c := accept(t, d)
 		c.Close()
 	}
-	listener.Close()
+	(<-listener).Close()
 	if len(waiting) != 0 {
 		t.Errorf("told %d times in one wait", 1+len(waiting))
 	}

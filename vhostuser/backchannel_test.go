@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"os"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -27,7 +28,7 @@ func backPair(t *testing.T, protocol ProtocolFeatures) (*BackendConn, *Conn) {
 	if _, err := f.GetFeatures(); err != nil { // served by now
 		t.Fatal(err)
 	}
-	return h.back, front
+	return h.backChannel(), front
 }
 
 func TestGoldenBackChannel(t *testing.T) {
@@ -93,13 +94,16 @@ func TestBackChannelBounded(t *testing.T) {
 }
 
 type configChanges struct {
-	count int
-	fail  error
+	count atomic.Int32
+	fail  atomic.Bool
 }
 
 func (c *configChanges) ConfigChange() error {
-	c.count++
-	return c.fail
+	c.count.Add(1)
+	if c.fail.Load() {
+		return errors.New("refused")
+	}
+	return nil
 }
 
 func TestServeBackChannel(t *testing.T) {
@@ -111,7 +115,7 @@ func TestServeBackChannel(t *testing.T) {
 	if err := errors.Join(back.ConfigChange(false), back.ConfigChange(true)); err != nil {
 		t.Error(err)
 	}
-	h.fail = errors.New("no")
+	h.fail.Store(true)
 	nack := (*NACKError)(nil)
 	if err := back.ConfigChange(true); !errors.As(err, &nack) {
 		t.Errorf("failing: %v, want a NACKError", err)
@@ -127,8 +131,8 @@ func TestServeBackChannel(t *testing.T) {
 	if err := <-result; err != nil {
 		t.Errorf("ServeBackChannel: %v, want nil after a hang-up", err)
 	}
-	if h.count != 3 {
-		t.Errorf("%d changes, want 3", h.count)
+	if n := h.count.Load(); n != 3 {
+		t.Errorf("%d changes, want 3", n)
 	}
 }
 

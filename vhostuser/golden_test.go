@@ -171,16 +171,21 @@ func TestGoldenBackEnd(t *testing.T) {
 				if g.call != "" && h.last() != g.call {
 					t.Errorf("call %s, want %s", h.last(), g.call)
 				}
-				if len(h.files) > 0 && g.fds > 0 && g.request != ReqSetBackendReqFD {
-					for i, fd := range fds {
-						if h.files[i] != inode(fd) {
-							t.Errorf("descriptor %d is another file", i)
-						}
+				if g.fds > 0 && g.request != ReqSetBackendReqFD {
+					if diff := cmp.Diff(inodes(fds), h.passed()); diff != "" {
+						t.Errorf("files (-want +got):\n%s", diff)
 					}
 				}
 			})
 		}
 	}
+}
+
+func inodes(fds []int) (list []uint64) {
+	for _, fd := range fds {
+		list = append(list, inode(fd))
+	}
+	return list
 }
 
 func socketFD(t *testing.T) int {

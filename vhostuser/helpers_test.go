@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -232,14 +233,40 @@ func (r *recorder) take(fds ...int) {
 	}
 }
 
-// last returns the latest call.
-func (r *recorder) last() string {
+// all returns the calls so far.
+func (r *recorder) all() []string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.calls) == 0 {
-		return ""
+	return slices.Clone(r.calls)
+}
+
+// last returns the latest call.
+func (r *recorder) last() string {
+	if calls := r.all(); len(calls) > 0 {
+		return calls[len(calls)-1]
 	}
-	return r.calls[len(r.calls)-1]
+	return ""
+}
+
+// failWith sets the result of every call from here on that can fail.
+func (r *recorder) failWith(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.fail = err
+}
+
+// backChannel returns the back channel, nil if there is none.
+func (r *recorder) backChannel() *BackendConn {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.back
+}
+
+// passed returns the inodes of the descriptors that the recorder was passed.
+func (r *recorder) passed() []uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.files)
 }
 
 func inode(fd int) uint64 {
@@ -341,9 +368,7 @@ func (r *recorder) SetBackendReqFD(back *BackendConn) error {
 
 // closeBack closes the back channel that the recorder owns.
 func (r *recorder) closeBack() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.back != nil {
-		r.back.Close()
+	if back := r.backChannel(); back != nil {
+		back.Close()
 	}
 }

@@ -115,14 +115,14 @@ func TestF04UnknownRequest(t *testing.T) {
 	for _, req := range unserved {
 		t.Run(req.String()+"/need_reply", func(t *testing.T) {
 			checkFDs(t)
-			var refused error
-			p := startServe(t, newRecorder(), serveOptions{Options: Options{Refused: func(err error) { refused = err }}})
+			refused := make(chan error, 1)
+			p := startServe(t, newRecorder(), serveOptions{Options: Options{Refused: func(err error) { refused <- err }}})
 			p.negotiate()
 			p.message(req, needReply, make([]byte, 20), someFDs(t, 2)...)
 			p.wantU64(req, 1)
 			p.wantAlive()
-			if re := (*RequestError)(nil); !errors.As(refused, &re) || re.Request != req {
-				t.Errorf("told of %v", refused)
+			if re := (*RequestError)(nil); !errors.As(<-refused, &re) || re.Request != req {
+				t.Errorf("told of request %v", re)
 			}
 		})
 		t.Run(req.String(), func(t *testing.T) {
@@ -156,10 +156,11 @@ func TestF04NoHangingGet(t *testing.T) {
 	}
 	t.Run("GET_VRING_BASE/failing", func(t *testing.T) {
 		h := newRecorder()
-		h.fail = errors.New("no base")
+		missing := errors.New("no base")
+		h.failWith(missing)
 		p := startServe(t, h, serveOptions{})
 		p.message(ReqGetVringBase, FlagVersion, VringState{1, 0}.encode())
-		p.wantClosed(h.fail)
+		p.wantClosed(missing)
 	})
 	t.Run("GET_PROTOCOL_FEATURES/without bit 30", func(t *testing.T) {
 		h := newRecorder()
@@ -256,8 +257,8 @@ func refusedIndex(t *testing.T, req Request, payload []byte) {
 	}
 	p.message(req, FlagVersion, payload, fds...)
 	p.wantClosed(ErrProtocol)
-	if len(h.calls) != 1 { // SetProtocolFeatures
-		t.Errorf("calls %q", h.calls)
+	if calls := h.all(); len(calls) != 1 { // SetProtocolFeatures
+		t.Errorf("calls %q", calls)
 	}
 }
 
@@ -302,7 +303,7 @@ func TestF18BackChannelFile(t *testing.T) {
 			p.message(ReqSetBackendReqFD, needReply, nil, fd)
 			p.wantU64(ReqSetBackendReqFD, 1)
 			p.wantAlive()
-			if h.back != nil {
+			if h.backChannel() != nil {
 				t.Error("the handler was called")
 			}
 		})

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"sync"
 	"testing"
 	"time"
 
@@ -53,7 +54,7 @@ func TestRoundTrip(t *testing.T) {
 			if _, err := f.GetFeatures(); err != nil { // all served
 				t.Fatal(err)
 			}
-			if diff := cmp.Diff(want, h.calls); diff != "" {
+			if diff := cmp.Diff(want, h.all()); diff != "" {
 				t.Errorf("calls (-want +got):\n%s", diff)
 			}
 			f.Close()
@@ -67,9 +68,10 @@ func TestRoundTrip(t *testing.T) {
 func TestHandlerErrorIsRefused(t *testing.T) {
 	checkFDs(t)
 	h := newRecorder()
-	var refused []error
-	f, p := startFrontEnd(t, h, serveOptions{Options: Options{Refused: func(err error) { refused = append(refused, err) }}})
-	h.fail = errors.New("no memory")
+	refused := make(chan error, 8)
+	f, p := startFrontEnd(t, h, serveOptions{Options: Options{Refused: func(err error) { refused <- err }}})
+	full := errors.New("no memory")
+	h.failWith(full)
 	err := f.SetMemTable([]MemoryRegion{goldenRegion}, someFDs(t, 1))
 	if nack := (*NACKError)(nil); !errors.As(err, &nack) || nack.Value == 0 {
 		t.Errorf("SetMemTable: %v, want a NACKError", err)
@@ -77,16 +79,16 @@ func TestHandlerErrorIsRefused(t *testing.T) {
 	if _, err := f.GetConfig(0, 6); err == nil {
 		t.Error("GetConfig: no error")
 	}
-	if len(refused) != 2 || !errors.Is(refused[0], h.fail) || !errors.Is(refused[1], h.fail) {
-		t.Errorf("told of %v", refused)
+	if len(refused) != 2 || !errors.Is(<-refused, full) || !errors.Is(<-refused, full) {
+		t.Error("not told of both refusals")
 	}
 	if _, err := f.GetFeatures(); err != nil {
 		t.Errorf("the session did not go on: %v", err)
 	}
 	f.NeedReply = false
 	f.SetVringNum(0, 3)
-	if err := <-p.result; !errors.Is(err, h.fail) {
-		t.Errorf("session ended with %v, want %v", err, h.fail)
+	if err := <-p.result; !errors.Is(err, full) {
+		t.Errorf("session ended with %v, want %v", err, full)
 	}
 }
 
@@ -95,7 +97,7 @@ func TestGetConfigErrorIsEmptyReply(t *testing.T) {
 	p := startServe(t, h, serveOptions{})
 	p.negotiate()
 	p.wantAlive()
-	h.fail = errors.New("no configuration")
+	h.failWith(errors.New("no configuration"))
 	p.message(ReqGetConfig, FlagVersion, DeviceConfig{Data: make([]byte, 6)}.encode())
 	if got, want := p.receive(HeaderSize), raw(t, "18000000 05000000 00000000"); string(got) != string(want) {
 		t.Errorf("reply % x, want % x", got, want)
@@ -111,7 +113,7 @@ func TestFatalCloses(t *testing.T) {
 			p := startServe(t, h, serveOptions{})
 			p.negotiate()
 			p.wantAlive()
-			h.fail = Fatal(cause)
+			h.failWith(Fatal(cause))
 			var payload []byte
 			if request == ReqGetConfig {
 				payload = DeviceConfig{}.encode()
@@ -158,16 +160,26 @@ func TestValueLimits(t *testing.T) {
 }
 
 func TestPause(t *testing.T) {
+	var mu sync.Mutex
 	var events []string
+	note := func(format string, args ...any) {
+		mu.Lock()
+		defer mu.Unlock()
+		events = append(events, fmt.Sprintf(format, args...))
+	}
 	h := newRecorder()
 	pause := func(scope Pause, index int) func() {
-		events = append(events, fmt.Sprintf("pause %d %d after %q", scope, index, h.last()))
-		return func() { events = append(events, fmt.Sprintf("resume after %q", h.last())) }
+		note("pause %d %d after %q", scope, index, h.last())
+		return func() { note("resume after %q", h.last()) }
 	}
-	f, _ := startFrontEnd(t, h, serveOptions{Options: Options{Pause: pause}})
+	f, p := startFrontEnd(t, h, serveOptions{Options: Options{Pause: pause}})
 	f.SetVringNum(2, 64)
 	f.SendRARP([6]byte{})
 	f.ResetDevice()
+	f.Close()
+	<-p.result
+	mu.Lock()
+	defer mu.Unlock()
 	want := []string{
 		`pause 1 2 after "SetProtocolFeatures(0x1a63d)"`, `resume after "SetVringNum(2, 64)"`,
 		`pause 2 -1 after "SendRARP(00 00 00 00 00 00)"`, `resume after "ResetDevice()"`,
