@@ -32,3 +32,7 @@ const (
 	// Broken: the ring itself makes no sense (Err says why). Nothing was popped, and nothing ever will be.
 	Broken
 )
+
+func (s Status) String() string {
+	return [...]string{"empty", "popped", "malformed", "broken"}[s]
+}

@@ -20,7 +20,7 @@ type parts struct {
 	availEvent *uint16 // device writes
 }
 
-// newParts checks alignments and sizes (virtio-v1.2 §2.7.2) and makes the views of a queue of size n.
+// newParts checks alignments and sizes (virtio-v1.2 §2.7) and makes the views of a queue of size n.
 func newParts(n int, desc, avail, used []byte) (p parts, err error) {
 	if err := checkPart("descriptor table", desc, virtio.DescTableLen(n), virtio.DescAlign); err != nil {
 		return p, err

@@ -158,7 +158,7 @@ func (d *Device) walkTable(c *Chain, at virtio.Desc) Status {
 
 // add appends one buffer to c, unless it is one that no driver may give.
 func (d *Device) add(c *Chain, desc virtio.Desc) bool {
-	// A chain is at most 2^32 bytes long (virtio-v1.2 §2.7.5.1); the very last of them is not needed here.
+	// A chain is at most 2^32 bytes long (virtio-v1.2 §2.7.5.2); the very last of them is not needed here.
 	if desc.Len == 0 || uint64(c.ReadLen)+uint64(c.WriteLen)+uint64(desc.Len) > math.MaxUint32 {
 		return false
 	}
