@@ -9,6 +9,7 @@ import (
 
 	"github.com/vhostd/vhostd/test/vm/rpc"
 	"github.com/vhostd/vhostd/test/vm/stream"
+	"github.com/vhostd/vhostd/virtio"
 )
 
 // answerTime is what an answer may take beyond the operation's own time limit, on a busy host.
@@ -126,28 +127,18 @@ func (m *Machine) VirtioDevice(ctx context.Context, link string) (string, error)
 }
 
 // Features returns the virtio feature bits that the guest's driver negotiated for a network interface.
-func (m *Machine) Features(ctx context.Context, link string) (Features, error) {
+func (m *Machine) Features(ctx context.Context, link string) (virtio.Features, error) {
 	dev, err := m.VirtioDevice(ctx, link)
 	if err != nil {
-		return "", err
+		return 0, err
 	}
-	bits, err := m.ReadFile(ctx, "/sys/bus/virtio/devices/"+dev+"/features")
-	return Features(bits), err
-}
-
-// Features is a set of feature bits as sysfs shows it: a character for each bit, bit 0 first.
-type Features string
-
-// Has tells whether a bit is set.
-func (f Features) Has(bit int) bool { return bit < len(f) && f[bit] == '1' }
-
-// String lists the bits that are set.
-func (f Features) String() string {
-	var bits []string
-	for i := range len(f) {
-		if f.Has(i) {
-			bits = append(bits, fmt.Sprint(i))
+	// A character for each bit, bit 0 first.
+	shown, err := m.ReadFile(ctx, "/sys/bus/virtio/devices/"+dev+"/features")
+	var f virtio.Features
+	for bit, c := range shown {
+		if c == '1' {
+			f |= 1 << bit
 		}
 	}
-	return strings.Join(bits, " ")
+	return f, err
 }

@@ -1,0 +1,88 @@
+//go:build linux
+
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sort"
+	"strings"
+)
+
+// Resources are what a process holds, seen from outside.
+type Resources struct {
+	FDs     map[string]int // how many open files of each kind
+	Memory  int            // mappings of guest memory (memfd)
+	Threads int
+	RSSKiB  int
+}
+
+// ResourcesOf looks into /proc.
+func ResourcesOf(pid int) (Resources, error) {
+	dir := fmt.Sprintf("/proc/%d", pid)
+	r := Resources{FDs: map[string]int{}}
+	fds, err := os.ReadDir(filepath.Join(dir, "fd"))
+	if err != nil {
+		return r, err
+	}
+	for _, fd := range fds {
+		if target, err := os.Readlink(filepath.Join(dir, "fd", fd.Name())); err == nil {
+			r.FDs[kind(target)]++
+		} // else closed meanwhile
+	}
+	maps, err := os.ReadFile(filepath.Join(dir, "maps"))
+	r.Memory = strings.Count(string(maps), "/memfd:")
+	status, err2 := os.ReadFile(filepath.Join(dir, "status"))
+	for line := range strings.Lines(string(status)) {
+		_, _ = fmt.Sscanf(line, "Threads: %d", &r.Threads)
+		_, _ = fmt.Sscanf(line, "VmRSS: %d", &r.RSSKiB)
+	}
+	return r, errors.Join(err, err2)
+}
+
+// kind drops what differs between two files of one sort: "socket:[123]" is a "socket".
+func kind(target string) string {
+	if before, _, ok := strings.Cut(target, ":["); ok {
+		return before
+	}
+	return strings.TrimPrefix(target, "anon_inode:")
+}
+
+// Total is the number of open files.
+func (r Resources) Total() int {
+	n := 0
+	for _, c := range r.FDs {
+		n += c
+	}
+	return n
+}
+
+// String lists everything in a fixed order.
+func (r Resources) String() string {
+	var kinds []string
+	for k, n := range r.FDs {
+		kinds = append(kinds, fmt.Sprintf("%s %d", k, n))
+	}
+	sort.Strings(kinds)
+	return fmt.Sprintf("%d fds (%s), %d guest memory mappings, %d threads, %d KiB resident",
+		r.Total(), strings.Join(kinds, ", "), r.Memory, r.Threads, r.RSSKiB)
+}
+
+// Leak compares with an earlier look at the same process in the same state, and describes what is more. Threads are
+// kept by the Go runtime after their use, so a few more are none; what grows with each round is told by the caller
+// from several rounds.
+func (r Resources) Leak(before Resources) string {
+	var more []string
+	for k, n := range r.FDs {
+		if n > before.FDs[k] {
+			more = append(more, fmt.Sprintf("%s: %d, was %d", k, n, before.FDs[k]))
+		}
+	}
+	if r.Memory > before.Memory {
+		more = append(more, fmt.Sprintf("guest memory mappings: %d, was %d", r.Memory, before.Memory))
+	}
+	sort.Strings(more)
+	return strings.Join(more, "; ")
+}
