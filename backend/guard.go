@@ -1,0 +1,69 @@
+package backend
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"runtime/debug"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// errFault is what an access to guest memory ends in when the file behind it has been truncated.
+var errFault = errors.New("guest memory faulted: its file was truncated")
+
+// guard runs f, which touches guest memory, and turns a memory fault into an error. Other panics pass.
+func guard(f func()) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() { err = errors.Join(err, faultOf(recover())) }()
+	f()
+	return nil
+}
+
+// faultOf tells a memory fault from other panics, which go on.
+func faultOf(r any) error {
+	if r == nil {
+		return nil
+	}
+	if e, ok := r.(interface {
+		runtime.Error
+		Addr() uintptr
+	}); ok {
+		return fmt.Errorf("%w (at host address %#x)", errFault, e.Addr())
+	}
+	panic(r)
+}
+
+// nonblocking makes reads and writes of the front-end's descriptor return at once, whatever it is; -1 is none. The flag belongs to the open
+// file, but a front-end has no use for a notification that blocks.
+func nonblocking(fd int) error {
+	if fd < 0 {
+		return nil
+	}
+	return unix.SetNonblock(fd, true)
+}
+
+// procs counts the workers: each may spin on a processor of Go's scheduler, and the control side must not have to wait for one.
+var procs struct {
+	sync.Mutex
+	workers, base int
+}
+
+// maxExtraProcs bounds what workers add to GOMAXPROCS: beyond it the operating system has more threads than it can run anyway.
+const maxExtraProcs = 8
+
+func addProc() { changeProcs(1) }
+
+func changeProcs(n int) {
+	procs.Lock()
+	defer procs.Unlock()
+	if procs.base == 0 {
+		procs.base = runtime.GOMAXPROCS(0)
+	}
+	procs.workers += n
+	// Only upwards: a change stops the world, and an unused processor costs nothing.
+	if want := procs.base + min(procs.workers, maxExtraProcs); want > runtime.GOMAXPROCS(0) {
+		runtime.GOMAXPROCS(want)
+	}
+}

@@ -1,0 +1,89 @@
+package backend
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/vhostd/vhostd/guestmem"
+	"github.com/vhostd/vhostd/vhostuser"
+)
+
+// SetMemTable implements vhostuser.Handler. On error the old memory stays.
+func (s *session) SetMemTable(regions []vhostuser.MemoryRegion, fds []int) error {
+	defer vhostuser.CloseFDs(fds)
+	var mapped []*guestmem.Region
+	for i, r := range regions {
+		m, err := mapRegion(r, fds[i])
+		if err != nil {
+			discard(mapped)
+			return err
+		}
+		mapped = append(mapped, m)
+	}
+	return s.useTable(mapped, mapped)
+}
+
+// AddMemReg implements vhostuser.Handler.
+func (s *session) AddMemReg(r vhostuser.MemoryRegion, fd int) error {
+	defer vhostuser.CloseFDs([]int{fd})
+	m, err := mapRegion(r, fd)
+	if err != nil {
+		return err
+	}
+	return s.useTable(append(slices.Clone(s.table.Regions()), m), []*guestmem.Region{m})
+}
+
+// RemMemReg implements vhostuser.Handler.
+func (s *session) RemMemReg(r vhostuser.MemoryRegion) error {
+	left := slices.Clone(s.table.Regions())
+	i := slices.IndexFunc(left, func(m *guestmem.Region) bool {
+		return m.Guest == guestmem.GPA(r.GuestAddr) && m.User == guestmem.UVA(r.UserAddr) && m.Size == r.Size
+	})
+	if i < 0 {
+		return fmt.Errorf("no memory region at guest address %#x, user address %#x, size %#x", r.GuestAddr, r.UserAddr, r.Size)
+	}
+	return s.useTable(slices.Delete(left, i, i+1), nil)
+}
+
+// GetMaxMemSlots implements vhostuser.Handler.
+func (s *session) GetMaxMemSlots() uint64 { return guestmem.MaxRegions }
+
+func mapRegion(r vhostuser.MemoryRegion, fd int) (*guestmem.Region, error) {
+	return guestmem.NewRegion(fd, r.MmapOffset, guestmem.GPA(r.GuestAddr), guestmem.UVA(r.UserAddr), r.Size)
+}
+
+func discard(regions []*guestmem.Region) {
+	for _, r := range regions {
+		r.Discard()
+	}
+}
+
+// useTable makes regions, of which fresh were mapped just now, the guest's memory. All queues are locked. What is in flight keeps the
+// memory that it lies in; rings are looked up anew, and one that lies in memory no more stops.
+func (s *session) useTable(regions, fresh []*guestmem.Region) error {
+	table, err := guestmem.NewTable(regions...)
+	if err != nil {
+		discard(fresh)
+		return err
+	}
+	old := s.table
+	s.table = table
+	s.countMemory()
+	var errs []error
+	for _, q := range s.queues {
+		errs = append(errs, q.setTable(table))
+	}
+	old.Unpin()
+	return errors.Join(errs...)
+}
+
+// countMemory notes the size of guest memory for Stats, which may ask at any time.
+func (s *session) countMemory() {
+	n := uint64(0)
+	for _, r := range s.table.Regions() {
+		n += r.Size
+	}
+	s.memRegions.Store(int64(len(s.table.Regions())))
+	s.memBytes.Store(n)
+}

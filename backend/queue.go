@@ -1,0 +1,398 @@
+package backend
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/vhostd/vhostd/guestmem"
+	"github.com/vhostd/vhostd/internal/sys"
+	"github.com/vhostd/vhostd/netdev"
+	"github.com/vhostd/vhostd/vhostuser"
+	"github.com/vhostd/vhostd/virtio"
+	"github.com/vhostd/vhostd/vring"
+	"github.com/vhostd/vhostd/zerocopy"
+)
+
+// batchSize is how many frames are moved between two looks at the indices of a ring.
+const batchSize = 64
+
+// ringSetup is what the front-end has said about a ring. It outlives a stop, as SET_VRING_NUM and SET_VRING_ADDR are not repeated by all.
+type ringSetup struct {
+	size int
+	addr *vhostuser.VringAddr
+	base uint16
+}
+
+// queue is a virtqueue: its ring, its frames on the way, and the state of its worker. Everything but attention and wake is guarded by mu.
+type queue struct {
+	s         *session
+	index     int // as in vhost-user: even is a receiveq, odd a transmitq
+	fromGuest bool
+	dev       netdev.Queue
+
+	wakeMu sync.Mutex // guards wake against its end: a late release may still want to signal
+	wake   *sys.EventFD
+
+	mu        sync.Mutex
+	attention atomic.Bool // the control side waits for mu: the worker leaves it soon
+
+	setup   ringSetup
+	enabled bool
+	kicked  bool // SET_VRING_KICK has come: the ring is to run
+	started bool
+	broken  error // the guest's fault; the ring is started but stands still
+	kick    int   // descriptors of the front-end, -1 for none
+	call    int
+	errfd   int
+	done    chan struct{} // closed when the worker has ended
+
+	ring   *vring.Device
+	window *zerocopy.Window // of a transmitq
+	posted *zerocopy.Posted // of a receiveq
+	batch  [batchSize]*zerocopy.Buffer
+	unsent []*zerocopy.Buffer // the part of batch that the device has not taken yet
+	check  bool               // headers are to be validated: the device looks at them
+	feat   virtio.Features
+
+	waits waitSet
+	poll  poller
+	live  counters
+}
+
+func newQueue(s *session, index int) (*queue, error) {
+	wake, err := sys.NewEventFD()
+	if err != nil {
+		return nil, err
+	}
+	return &queue{
+		s: s, index: index, fromGuest: index%2 == 1, dev: s.b.dev.Queue(index / 2), wake: wake,
+		kick: -1, call: -1, errfd: -1, poll: poller{limit: s.b.opts.Poll},
+	}, nil
+}
+
+// lock takes the queue from its worker, between two batches; unlock lets the worker look at everything anew.
+func (q *queue) lock() {
+	q.attention.Store(true)
+	q.mu.Lock()
+	q.attention.Store(false)
+}
+
+func (q *queue) unlock() {
+	q.mu.Unlock()
+	q.signalWake()
+}
+
+// signalWake ends the worker's wait. Any goroutine may call it, at any time.
+func (q *queue) signalWake() {
+	q.wakeMu.Lock()
+	defer q.wakeMu.Unlock()
+	if q.wake.FD() >= 0 {
+		q.wake.Signal()
+	}
+}
+
+// close stops the queue and frees its descriptors.
+func (q *queue) close() {
+	q.lock()
+	if err := q.stop(); err != nil {
+		q.s.b.log.Warn("queue stopped unclean", "queue", q.index, "error", err)
+	}
+	setFD(&q.kick, -1)
+	setFD(&q.call, -1)
+	setFD(&q.errfd, -1)
+	q.mu.Unlock()
+	q.wakeMu.Lock()
+	defer q.wakeMu.Unlock()
+	_ = q.wake.Close()
+}
+
+func setFD(fd *int, to int) {
+	if *fd >= 0 {
+		vhostuser.CloseFDs([]int{*fd})
+	}
+	*fd = to
+}
+
+// errRunning refuses a change to a ring that runs.
+func (q *queue) errRunning(what string) error {
+	return fmt.Errorf("%s of queue %d while it runs", what, q.index)
+}
+
+// SetVringNum implements vhostuser.Handler.
+func (s *session) SetVringNum(index int, num uint32) error {
+	q := s.queues[index]
+	switch {
+	case q.started:
+		return q.errRunning("size")
+	case num == 0 || num > virtio.MaxQueueSize || num&(num-1) != 0:
+		return fmt.Errorf("queue %d: size %d, must be a power of two up to %d", index, num, virtio.MaxQueueSize)
+	}
+	q.setup.size = int(num)
+	return nil
+}
+
+// SetVringAddr implements vhostuser.Handler. A front-end may repeat it for a ring that runs (to switch its log flag), but not move the ring.
+func (s *session) SetVringAddr(index int, addr vhostuser.VringAddr) error {
+	q := s.queues[index]
+	if q.started {
+		if old := q.setup.addr; addr.Desc != old.Desc || addr.Avail != old.Avail || addr.Used != old.Used {
+			return q.errRunning("address")
+		}
+		return nil
+	}
+	if q.setup.size != 0 {
+		if _, _, _, err := parts(s.table, addr, q.setup.size); err != nil {
+			return fmt.Errorf("queue %d: %w", index, err)
+		}
+	}
+	q.setup.addr = &addr
+	return q.start()
+}
+
+// SetVringBase implements vhostuser.Handler.
+func (s *session) SetVringBase(index int, base uint32) error {
+	q := s.queues[index]
+	switch {
+	case q.started:
+		return q.errRunning("base")
+	case base > math.MaxUint16:
+		return fmt.Errorf("queue %d: base %d, at most %d", index, base, math.MaxUint16)
+	}
+	q.setup.base = uint16(base)
+	return nil
+}
+
+// GetVringBase implements vhostuser.Handler: the ring stops, after what is in flight has been returned.
+func (s *session) GetVringBase(index int) (uint32, error) {
+	q := s.queues[index]
+	if err := q.stop(); err != nil {
+		return 0, err
+	}
+	// A kick starts the ring again: the old one has done its work.
+	setFD(&q.kick, -1)
+	return uint32(q.setup.base), nil
+}
+
+// SetVringKick implements vhostuser.Handler.
+func (s *session) SetVringKick(index int, fd int) error {
+	q := s.queues[index]
+	if err := nonblocking(fd); err != nil {
+		vhostuser.CloseFDs([]int{fd})
+		return fmt.Errorf("kick of queue %d: %w", index, err)
+	}
+	setFD(&q.kick, fd)
+	q.kicked = true
+	if q.started {
+		return nil
+	}
+	return q.start()
+}
+
+// SetVringCall implements vhostuser.Handler. What was owed to the old descriptor is owed to the new one: the driver may wait for it.
+func (s *session) SetVringCall(index int, fd int) error {
+	q := s.queues[index]
+	if err := nonblocking(fd); err != nil {
+		vhostuser.CloseFDs([]int{fd})
+		return fmt.Errorf("call of queue %d: %w", index, err)
+	}
+	setFD(&q.call, fd)
+	if q.started {
+		q.notify()
+	}
+	return nil
+}
+
+// SetVringErr implements vhostuser.Handler.
+func (s *session) SetVringErr(index int, fd int) error {
+	q := s.queues[index]
+	if err := nonblocking(fd); err != nil {
+		vhostuser.CloseFDs([]int{fd})
+		return fmt.Errorf("error descriptor of queue %d: %w", index, err)
+	}
+	setFD(&q.errfd, fd)
+	return nil
+}
+
+// SetVringEnable implements vhostuser.Handler.
+func (s *session) SetVringEnable(index int, enable bool) error {
+	q := s.queues[index]
+	q.enabled = enable
+	var err error
+	s.others(q, func() { err = s.activate() })
+	return err
+}
+
+// parts finds the three parts of a ring in t.
+func parts(t *guestmem.Table, a vhostuser.VringAddr, size int) (desc, avail, used []byte, err error) {
+	for _, p := range []struct {
+		name  string
+		at    uint64
+		n     int
+		align uint64
+		to    *[]byte
+	}{
+		{"descriptor table", a.Desc, virtio.DescTableLen(size), virtio.DescAlign, &desc},
+		{"available ring", a.Avail, virtio.AvailLen(size), virtio.AvailAlign, &avail},
+		{"used ring", a.Used, virtio.UsedLen(size), virtio.UsedAlign, &used},
+	} {
+		if p.at%p.align != 0 {
+			return nil, nil, nil, fmt.Errorf("%s at %#x is not aligned to %d bytes", p.name, p.at, p.align)
+		}
+		if *p.to = t.UserSlice(guestmem.UVA(p.at), uint64(p.n)); *p.to == nil {
+			return nil, nil, nil, fmt.Errorf("%s at user address %#x, %d bytes, is not within one memory region", p.name, p.at, p.n)
+		}
+	}
+	return desc, avail, used, nil
+}
+
+// start makes the ring run once the front-end has said all that is needed for it; until then it does nothing.
+func (q *queue) start() error {
+	if q.started || q.setup.size == 0 || q.setup.addr == nil || !q.kicked {
+		return nil
+	}
+	var err error
+	if fault := guard(func() { err = q.open() }); fault != nil {
+		err = vhostuser.Fatal(fault)
+	}
+	if err != nil {
+		q.kicked = false
+		return fmt.Errorf("queue %d: %w", q.index, err)
+	}
+	q.started, q.broken = true, nil
+	q.done = make(chan struct{})
+	q.s.b.log.Debug("queue started", "queue", q.index, "size", q.setup.size, "base", q.setup.base, "features", q.feat)
+	addProc()
+	go q.run()
+	return nil
+}
+
+// open makes the ring and what lies on it.
+func (q *queue) open() error {
+	desc, avail, used, err := parts(q.s.table, *q.setup.addr, q.setup.size)
+	if err != nil {
+		return err
+	}
+	q.feat = usable(q.s.negotiated())
+	cfg := vring.Config{Size: q.setup.size, Desc: desc, Avail: avail, Used: used, Features: q.feat, Base: q.setup.base}
+	if q.ring, err = vring.NewDevice(cfg, guestmem.NewView(q.s.table, nil)); err != nil {
+		return err
+	}
+	if returned := q.ring.UsedIndex(); returned != cfg.Base {
+		// An earlier back-end ended with chains in its hands. It used them in order, so those behind the used index are
+		// exactly the ones that nobody has returned: take them again.
+		q.s.b.log.Info("resuming at the used index", "queue", q.index, "base", cfg.Base, "used", returned)
+		cfg.Base = returned
+		if q.ring, err = vring.NewDevice(cfg, guestmem.NewView(q.s.table, nil)); err != nil {
+			return err
+		}
+	}
+	if q.fromGuest {
+		q.window = zerocopy.NewWindow(q.ring, q.feat, q.signalWake)
+		q.check = !q.s.b.dev.Capabilities().IgnoresHeader
+	} else {
+		q.posted = zerocopy.NewPosted(q.ring, q.feat)
+		q.ring.DisableKick() // a driver that posts buffers is heard of only when a frame waits for them
+	}
+	return nil
+}
+
+// stop ends the worker, returns every chain that was popped to the driver, and keeps the base. It returns within the drain
+// timeout. The queue is locked. An error means that guest memory has gone.
+func (q *queue) stop() error {
+	if !q.started {
+		return nil
+	}
+	q.started, q.kicked = false, false
+	q.mu.Unlock()
+	q.signalWake()
+	<-q.done
+	q.mu.Lock()
+	err := guard(q.drain)
+	if err != nil && q.window != nil {
+		q.window.Abandon()
+	}
+	q.fold()
+	q.setup.base = q.ring.Base()
+	q.ring, q.window, q.posted = nil, nil, nil
+	q.s.b.log.Debug("queue stopped", "queue", q.index, "base", q.setup.base)
+	return err
+}
+
+// drain waits for what is in flight, up to the drain timeout, and leaves nothing popped that was not returned.
+func (q *queue) drain() {
+	q.recall()
+	if w := q.window; w != nil {
+		q.await(q.s.drainDeadline())
+		if n := w.Close(); n > 0 {
+			q.s.b.log.Warn("frames still in flight were returned to the guest", "queue", q.index, "frames", n)
+		}
+	}
+	q.publish()
+}
+
+// await reaps until nothing is out or the deadline comes; shortly before, the device lets go of the pages that it can copy.
+func (q *queue) await(deadline time.Time) {
+	pause := 20 * time.Microsecond
+	for {
+		q.dev.Reap()
+		q.window.Reap()
+		q.publish()
+		left := time.Until(deadline)
+		if q.window.Pending() == 0 || left <= 0 {
+			return
+		}
+		if o, ok := q.dev.(netdev.Orphaner); ok && left < q.s.b.opts.DrainTimeout/2 {
+			o.Orphan()
+		}
+		time.Sleep(pause)
+		pause = min(2*pause, time.Millisecond)
+	}
+}
+
+// recall gives back to the ring what was popped and not handed on, so that nothing points at memory that is about to change.
+func (q *queue) recall() {
+	if q.window != nil {
+		q.window.Undo(len(q.unsent))
+		q.unsent = nil
+	}
+	if q.posted != nil {
+		q.posted.GiveBack()
+	}
+}
+
+// setTable makes t the queue's memory. A ring that t does not hold breaks.
+func (q *queue) setTable(t *guestmem.Table) error {
+	if !q.started {
+		return nil
+	}
+	desc, avail, used, err := parts(t, *q.setup.addr, q.setup.size)
+	if err == nil {
+		err = guard(func() {
+			q.recall()
+			err = q.ring.Rebind(desc, avail, used)
+		})
+	}
+	if err != nil {
+		err = fmt.Errorf("queue %d: %w", q.index, err)
+		q.retire(err)
+		return err
+	}
+	q.ring.SetView(guestmem.NewView(t, nil))
+	if q.window != nil {
+		q.window.SetTable(t)
+	}
+	return nil
+}
+
+// retire ends a ring whose memory is gone: nothing can be returned to the driver any more.
+func (q *queue) retire(err error) {
+	if stopErr := q.stop(); stopErr != nil {
+		err = errors.Join(err, stopErr)
+	}
+	q.setup.addr = nil
+	q.broken = err
+}

@@ -1,0 +1,271 @@
+package backend
+
+import (
+	"encoding/binary"
+	"fmt"
+	"runtime/debug"
+	"sync/atomic"
+	"time"
+
+	"github.com/vhostd/vhostd/guestmem"
+	"github.com/vhostd/vhostd/offload"
+	"github.com/vhostd/vhostd/vhostuser"
+	"github.com/vhostd/vhostd/virtio"
+	"github.com/vhostd/vhostd/zerocopy"
+)
+
+// session is one front-end's connection: a vhostuser.Handler. Its methods run on one goroutine.
+type session struct {
+	b      *Backend
+	conn   *vhostuser.Conn
+	queues []*queue // 2*i is the receiveq of pair i, 2*i+1 its transmitq
+	table  *guestmem.Table
+	back   *vhostuser.BackendConn
+	mtu    uint16
+	status atomic.Uint32
+
+	features  atomic.Uint64 // negotiated
+	protocol  vhostuser.ProtocolFeatures
+	activated int // pairs that the device was told are in use
+
+	fault atomic.Pointer[error] // why a worker ended the session
+
+	closeBy    time.Time // deadline for all queues, once the session closes
+	memRegions atomic.Int64
+	memBytes   atomic.Uint64
+}
+
+// drainDeadline is until when a queue that stops may wait for its frames in flight.
+func (s *session) drainDeadline() time.Time {
+	if !s.closeBy.IsZero() {
+		return s.closeBy
+	}
+	return time.Now().Add(s.b.opts.DrainTimeout)
+}
+
+func newSession(b *Backend, conn *vhostuser.Conn) (*session, error) {
+	debug.SetPanicOnFault(true) // for this goroutine: see guard
+	table, err := guestmem.NewTable()
+	if err != nil {
+		return nil, err
+	}
+	s := &session{b: b, conn: conn, table: table, activated: -1}
+	for i := range 2 * b.opts.MaxPairs {
+		q, err := newQueue(s, i)
+		if err != nil {
+			s.close()
+			return nil, err
+		}
+		s.queues = append(s.queues, q)
+	}
+	return s, nil
+}
+
+// close ends the session: every ring stops, every descriptor and all memory goes.
+func (s *session) close() {
+	s.closeBy = time.Now().Add(s.b.opts.DrainTimeout)
+	for _, q := range s.queues {
+		q.close()
+	}
+	if s.back != nil {
+		_ = s.back.Close()
+	}
+	s.table.Unpin()
+}
+
+// fail ends the session for err; any goroutine may call it.
+func (s *session) fail(err error) {
+	if s.fault.CompareAndSwap(nil, &err) {
+		_ = s.conn.Close()
+	}
+}
+
+func (s *session) refused(err error) {
+	s.b.frontEndErrors.Add(1)
+	s.b.log.Warn("request refused", "error", err)
+}
+
+// pause implements vhostuser.Options.Pause.
+func (s *session) pause(scope vhostuser.Pause, index int) (resume func()) {
+	queues := s.queues
+	if scope == vhostuser.PauseVring {
+		queues = queues[index : index+1]
+	}
+	for _, q := range queues {
+		q.lock()
+	}
+	return func() {
+		for _, q := range queues {
+			q.unlock()
+		}
+	}
+}
+
+// others runs f with every queue locked but q, whose lock is held already.
+func (s *session) others(q *queue, f func()) {
+	for _, o := range s.queues {
+		if o != q {
+			o.lock()
+			defer o.unlock()
+		}
+	}
+	f()
+}
+
+// GetFeatures implements vhostuser.Handler.
+func (s *session) GetFeatures() uint64 { return uint64(s.b.features) }
+
+// SetFeatures implements vhostuser.Handler.
+func (s *session) SetFeatures(features uint64) error {
+	old, f := s.negotiated(), virtio.Features(features)
+	if f != old {
+		for _, q := range s.queues {
+			if q.started {
+				return vhostuser.Fatal(fmt.Errorf("features change from %v to %v while queue %d runs", old, f, q.index))
+			}
+		}
+	}
+	s.features.Store(features)
+	if err := s.b.dev.SetOffloads(offload.ToGuest(usable(f))); err != nil {
+		return fmt.Errorf("offloads of the device: %w", err)
+	}
+	if !f.Has(virtio.FProtocolFeatures) {
+		for _, q := range s.queues {
+			q.enabled = true
+		}
+		return s.activate()
+	}
+	return nil
+}
+
+func (s *session) negotiated() virtio.Features { return virtio.Features(s.features.Load()) }
+
+// GetProtocolFeatures implements vhostuser.Handler.
+func (s *session) GetProtocolFeatures() vhostuser.ProtocolFeatures { return s.b.protocol }
+
+// SetProtocolFeatures implements vhostuser.Handler.
+func (s *session) SetProtocolFeatures(f vhostuser.ProtocolFeatures) error {
+	s.protocol = f
+	return nil
+}
+
+// SetOwner implements vhostuser.Handler.
+func (s *session) SetOwner() error { return nil }
+
+// ResetOwner implements vhostuser.Handler: the specification says to disable all rings, or to do nothing.
+func (s *session) ResetOwner() error {
+	for _, q := range s.queues {
+		q.enabled = false
+	}
+	return s.activate()
+}
+
+// ResetDevice implements vhostuser.Handler.
+func (s *session) ResetDevice() error {
+	for _, q := range s.queues {
+		if err := q.stop(); err != nil {
+			return vhostuser.Fatal(err)
+		}
+		q.enabled = false
+		q.setup = ringSetup{}
+	}
+	s.features.Store(0)
+	s.status.Store(0)
+	return s.activate()
+}
+
+// GetQueueNum implements vhostuser.Handler.
+func (s *session) GetQueueNum() uint64 { return uint64(s.b.opts.MaxPairs) }
+
+// activate tells the device how many pairs are in use: those from the first on of which a ring is enabled. All queues are locked.
+func (s *session) activate() error {
+	n := 1
+	for i := range s.b.opts.MaxPairs {
+		if s.queues[2*i].enabled || s.queues[2*i+1].enabled {
+			n = i + 1
+		}
+	}
+	if n == s.activated {
+		return nil
+	}
+	if err := s.b.dev.SetPairs(n); err != nil {
+		return fmt.Errorf("%d queue pairs: %w", n, err)
+	}
+	s.activated = n
+	return nil
+}
+
+// statusReset is the device status that resets the device (virtio-v1.2 §2.1).
+const (
+	statusReset      = 0
+	statusNeedsReset = 64
+)
+
+// SetStatus implements vhostuser.Handler. A reset stops what runs: a front-end sends GET_VRING_BASE before, or does not care for the base.
+func (s *session) SetStatus(status uint8) error {
+	s.status.Store(uint32(status))
+	if status != statusReset {
+		return nil
+	}
+	for _, q := range s.queues {
+		q.lock()
+		err := q.stop()
+		q.unlock()
+		if err != nil {
+			return vhostuser.Fatal(err)
+		}
+	}
+	return nil
+}
+
+// GetStatus implements vhostuser.Handler.
+func (s *session) GetStatus() uint8 {
+	status := uint8(s.status.Load())
+	for _, q := range s.queues {
+		q.lock()
+		if q.broken != nil {
+			status |= statusNeedsReset
+		}
+		q.unlock()
+	}
+	return status
+}
+
+// SetBackendReqFD implements vhostuser.Handler.
+func (s *session) SetBackendReqFD(back *vhostuser.BackendConn) error {
+	if s.back != nil {
+		_ = s.back.Close()
+	}
+	s.back = back
+	return nil
+}
+
+// SendRARP implements vhostuser.Handler: the guest has moved here, and the switches on the way learn it from a frame with its address.
+func (s *session) SendRARP(mac [6]byte) error {
+	q := s.queues[1]
+	q.lock()
+	defer q.unlock()
+	frame := zerocopy.NewBuffer(virtio.NetHdr{}, rarpFrame(mac))
+	if s.b.dev.Queue(0).Send([]*zerocopy.Buffer{frame}) == 0 {
+		return fmt.Errorf("RARP for %x: the device takes no frame now", mac)
+	}
+	return nil
+}
+
+// rarpFrame is a reverse ARP request (RFC 903), broadcast from mac for mac, padded to the shortest Ethernet frame without FCS.
+func rarpFrame(mac [6]byte) []byte {
+	f := make([]byte, 60)
+	for i := range 6 {
+		f[i] = 0xff
+	}
+	copy(f[6:], mac[:])
+	binary.BigEndian.PutUint16(f[12:], 0x8035)
+	arp := f[14:]
+	binary.BigEndian.PutUint16(arp[0:], 1)      // Ethernet
+	binary.BigEndian.PutUint16(arp[2:], 0x0800) // IPv4
+	arp[4], arp[5] = 6, 4                       // address lengths
+	binary.BigEndian.PutUint16(arp[6:], 3)      // request reverse
+	copy(arp[8:], mac[:])                       // sender
+	copy(arp[18:], mac[:])                      // target
+	return f
+}

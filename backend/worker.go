@@ -1,0 +1,229 @@
+package backend
+
+import (
+	"runtime"
+	"runtime/debug"
+
+	"github.com/vhostd/vhostd/vring"
+	"github.com/vhostd/vhostd/zerocopy"
+)
+
+// step is what a worker does next.
+type step uint8
+
+const (
+	again step = iota // there may be more work
+	idle              // there was none: poll for a while, then arm the notifications and wait
+	wait              // notifications are armed: wait for what waits says
+	quit              // the ring has stopped
+)
+
+// turns is how many batches are moved while the queue's lock is held once.
+const turns = 16
+
+// run is the worker:
+//
+//	Pop a batch -> Send -> Reap -> Put/Publish -> call if needed -> if idle: poll a while, EnableKick, look again, sleep
+func (q *queue) run() {
+	defer close(q.done)
+	defer changeProcs(-1)
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	debug.SetPanicOnFault(true)
+	arm := false
+	for {
+		switch q.turn(arm) {
+		case quit:
+			return
+		case again:
+			q.poll.worked()
+			arm = false
+		case idle:
+			arm = !q.poll.more()
+		case wait:
+			q.wait()
+			arm = false
+		}
+	}
+}
+
+// turn works on a few batches, with the queue locked. With arm it asks for notifications where there is nothing to do.
+func (q *queue) turn(arm bool) (next step) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	defer func() {
+		if r := recover(); r != nil {
+			q.s.fail(faultOf(r))
+			q.waits.none()
+			next = wait
+		}
+	}()
+	switch {
+	case !q.started:
+		return quit
+	case q.broken != nil || q.s.fault.Load() != nil:
+		q.waits.none()
+		return wait
+	}
+	for range turns {
+		if q.fromGuest {
+			next = q.transmit(arm)
+		} else {
+			next = q.receive(arm)
+		}
+		if next != again || q.attention.Load() {
+			return next
+		}
+	}
+	return next
+}
+
+// transmit moves one batch from the guest to the device.
+func (q *queue) transmit(arm bool) step {
+	w := q.window
+	status := vring.Popped
+	if len(q.unsent) == 0 {
+		var n int
+		n, status = w.Pop(q.batch[:])
+		q.unsent = q.batch[:n]
+		if q.check {
+			q.unsent = q.validate(q.unsent)
+		}
+	}
+	moved := len(q.unsent)
+	switch {
+	case moved == 0:
+	case q.enabled:
+		n := q.dev.Send(q.unsent)
+		q.unsent, moved = q.unsent[n:], n
+	default: // a ring that is started and disabled is emptied (vhost-user: "Ring states")
+		zerocopy.ReleaseAll(q.unsent, zerocopy.Dropped)
+		q.unsent = nil
+	}
+	q.dev.Reap()
+	moved += w.Reap()
+	q.publish()
+	switch {
+	case status == vring.Broken:
+		q.breakRing(q.ring.Err())
+		return again
+	case moved > 0:
+		q.ring.DisableKick()
+		return again
+	case !arm:
+		return idle
+	}
+	return q.armTransmit()
+}
+
+// armTransmit asks for every notification that can end the wait, and looks once more.
+func (q *queue) armTransmit() step {
+	q.waits = waitSet{kick: q.kick, pollKick: q.kick < 0, device: -1}
+	if len(q.unsent) > 0 {
+		// The device is full: frames that come meanwhile are of no use yet.
+		q.waits.kick, q.waits.pollKick = -1, false
+		if q.waits.device = q.dev.SendFD(); q.waits.device < 0 {
+			q.waits.pollKick = true
+		}
+		q.waits.write = true
+	} else if q.window.Pending() < q.ring.Size() && q.ring.EnableKick() {
+		return again
+	}
+	q.window.Sleep()
+	if q.window.Reap() > 0 {
+		q.window.Awake()
+		q.publish()
+		return again
+	}
+	return wait
+}
+
+// validate drops the frames whose virtio-net header makes no sense, before a device sees them.
+func (q *queue) validate(bufs []*zerocopy.Buffer) []*zerocopy.Buffer {
+	keep := bufs[:0]
+	for _, b := range bufs {
+		h := b.Header()
+		if h.Flags|h.GSOType != 0 {
+			if err := h.Validate(b.Len(), q.feat); err != nil {
+				q.live.invalid++
+				b.Release(zerocopy.Dropped)
+				continue
+			}
+		}
+		keep = append(keep, b)
+	}
+	return keep
+}
+
+// receive moves frames from the device into the guest's buffers.
+func (q *queue) receive(arm bool) step {
+	if !q.enabled {
+		q.waits.none()
+		return wait
+	}
+	p := q.posted
+	flushed := p.Flush()
+	n, empty, err := q.dev.Recv(p, batchSize)
+	q.publish()
+	switch {
+	case p.Err() != nil:
+		q.breakRing(p.Err())
+		return again
+	case err != nil:
+		q.deviceError(err)
+		return wait
+	case n > 0:
+		q.ring.DisableKick()
+		return again
+	case !arm:
+		return idle
+	}
+	q.waits = waitSet{kick: -1, device: -1}
+	if empty && flushed {
+		q.waits.device = q.dev.RecvFD()
+		return wait
+	}
+	// A frame waits for the guest to post more.
+	if q.ring.EnableKick() {
+		q.ring.DisableKick()
+		return again
+	}
+	q.waits.kick, q.waits.pollKick = q.kick, q.kick < 0
+	return wait
+}
+
+// publish lets the driver see what was returned, and calls it when it wants that.
+func (q *queue) publish() {
+	q.ring.Publish()
+	if q.ring.NeedsCall() {
+		q.notify()
+	}
+}
+
+// breakRing stops a ring that the guest has broken: the front-end is told, and nothing is read from it again.
+func (q *queue) breakRing(err error) {
+	q.broken = err
+	q.s.b.guestErrors.Add(1)
+	q.s.b.log.Warn("queue stopped: the guest broke its ring", "queue", q.index, "error", err)
+	signal(q.errfd)
+}
+
+// deviceError ends reception: nothing will come from this device.
+func (q *queue) deviceError(err error) {
+	if !q.live.deviceFailed {
+		q.live.deviceFailed = true
+		q.s.b.log.Error("the device cannot receive", "queue", q.index, "error", err)
+	}
+	q.waits.none()
+}
+
+// notify calls the driver.
+func (q *queue) notify() {
+	if q.call < 0 {
+		return
+	}
+	q.live.calls++
+	if !signal(q.call) {
+		q.live.callErrors++
+	}
+}

@@ -1,0 +1,78 @@
+// Package netdev is the host side of the wire: what a device must do to carry a guest's frames. Every device is a sub-package, and sees
+// buffers (zerocopy.Buffer, zerocopy.Posted), never a ring.
+//
+// # Who calls what
+//
+// A Device has up to Capabilities.MaxPairs Queues. Each is driven by two workers at the same time, one per direction, and by nobody
+// else: Send, Reap and SendFD by the one, Recv and RecvFD by the other. None of these may block. Everything else is called by
+// the session between batches.
+//
+//	transmitq worker:  Send(frames) ... Reap() ... wait for kick, SendFD, or a release
+//	receiveq worker:   Recv(posted) ... wait for RecvFD, or for the kick when the guest posted too little
+package netdev
+
+import (
+	"github.com/vhostd/vhostd/offload"
+	"github.com/vhostd/vhostd/zerocopy"
+)
+
+// Capabilities is what a device can do; it does not change while the device is open.
+type Capabilities struct {
+	Kind     string // the name of its sub-package: "tap", "user", ...
+	Name     string // of this one: the interface, or ""
+	MaxPairs int    // queue pairs, at least 1
+	MTU      int    // largest IP packet in bytes, 0 when the device does not care
+	// FromGuest are the offloads that Send takes: frames with others are lowered in software before (see Soft).
+	FromGuest offload.Set
+	// ToGuest are the offloads with which Recv can be asked to deliver frames, by SetOffloads.
+	ToGuest offload.Set
+	// IgnoresHeader: Send never looks at a frame's virtio-net header, so nobody needs to read or validate it.
+	IgnoresHeader bool
+	// ZeroCopy says how far transmission is really without a copy: "never", or a sentence for people.
+	ZeroCopy string
+}
+
+// Device is a host-side attachment.
+type Device interface {
+	Capabilities() Capabilities
+	// SetOffloads says which offloads the guest's driver takes: from now on Recv delivers no frame that needs others, except
+	// through Posted.Write, which lowers them itself. accept is not limited to Capabilities.ToGuest.
+	SetOffloads(accept offload.Set) error
+	// SetPairs says that pairs 0 to n-1 are in use, for a device that spreads frames over its queues. 0 <= n <= MaxPairs.
+	SetPairs(n int) error
+	// Queue returns queue pair i.
+	Queue(i int) Queue
+	// Close frees the device. Every buffer that it took has been released when Close returns. No worker uses it any more.
+	Close() error
+}
+
+// Queue is one queue pair of a device.
+type Queue interface {
+	// Send takes the first n of bufs, in order, and leaves the others to the caller, who tries again when SendFD is writable. Each
+	// buffer that it took is released exactly once: before Send returns, or later. A frame that cannot be sent for good is
+	// taken and released as Dropped. A device that is done with the frames at once uses zerocopy.ReleaseAll.
+	Send(bufs []*zerocopy.Buffer) (n int)
+	// Reap looks for frames whose transmission has finished and releases them. It does not wait. A device that releases
+	// from elsewhere does nothing here.
+	Reap()
+	// SendFD is polled for writing after Send took less than it was given; -1 when that cannot happen.
+	SendFD() int
+	// Recv moves up to max frames into the guest's posted buffers. It stops early when no frame is waiting (idle), or when the guest
+	// has posted too little for the next one, which then waits. The error is the device's: it cannot receive any more.
+	Recv(p *zerocopy.Posted, max int) (n int, idle bool, err error)
+	// RecvFD is polled for reading when Recv was idle; -1 when no frame will ever come. It stays readable for as long as a frame
+	// waits, or becomes readable when one comes after an idle Recv.
+	RecvFD() int
+	// Counters reads the device's own counts; safe from any goroutine.
+	Counters() Counters
+}
+
+// Orphaner is a Queue that keeps guests' pages inside this process. Orphan copies out what it holds and releases the pages; it is called
+// from the transmitq's side when the pages are wanted back.
+type Orphaner interface{ Orphan() }
+
+// Counters are what a device counts by itself, in frames.
+type Counters struct {
+	SendDropped uint64 // taken by Send and not sent: the host refused them
+	RecvDropped uint64 // lost on the way to the guest inside the device
+}
