@@ -1,0 +1,205 @@
+package tap
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Bounds of Options.
+const (
+	MaxQueues = 256   // queues of one tap (MAX_TAP_QUEUES)
+	MinMTU    = 68    // bytes
+	MaxMTU    = 65521 // bytes: an Ethernet frame of 65535
+)
+
+// Options say which tap to attach to, and how. At most one of Name, FDs and Macvtap is set; with none the kernel picks a name.
+type Options struct {
+	// Name of the tap, which is created if there is none.
+	Name string
+	// FDs are descriptors of a tap that somebody else has opened, one per queue. Open takes them over: they become non-blocking, and
+	// are closed by Close, or by Open if it fails.
+	FDs []int
+	// Macvtap is a device node ("/dev/tap7") or the name of a macvtap interface.
+	Macvtap string
+	// Queues is the number of queue pairs; 0 is one, or one for each of FDs.
+	Queues int
+	// Bridge is the interface's master, or "" for what it has already.
+	Bridge string
+	// MTU of the interface in bytes, 0 for what it has already.
+	MTU int
+	// MAC is the address of the host's interface, nil for what it has already. With Macvtap it is the one that the guest must have.
+	MAC net.HardwareAddr
+	// Up sets the interface up or down; nil is up, except with FDs, where it is left alone.
+	Up *bool
+	// Persist lets the tap outlive vhostd.
+	Persist bool
+}
+
+// keys are the options in a string, in the order in which they are listed to people.
+var keys = []struct {
+	name, value string
+	parse       func(*Options, string) error
+}{
+	{"queues", "N", func(o *Options, v string) (err error) { o.Queues, err = number(v, 1, MaxQueues); return }},
+	{"bridge", "NAME", func(o *Options, v string) error { o.Bridge = v; return checkName(v) }},
+	{"mtu", "BYTES", func(o *Options, v string) (err error) { o.MTU, err = number(v, MinMTU, MaxMTU); return }},
+	{"mac", "ADDRESS", parseMAC},
+	{"up", "on|off", func(o *Options, v string) error { up, err := onOff(v); o.Up = &up; return err }},
+	{"persist", "on|off", func(o *Options, v string) (err error) { o.Persist, err = onOff(v); return }},
+	{"fd", "N", parseFDs},
+	{"fds", "N:N...", parseFDs},
+	{"macvtap", "/dev/tapN|NAME", func(o *Options, v string) error { o.Macvtap = v; return checkMacvtap(v) }},
+}
+
+// ParseOptions reads the form of the command line, with or without the leading "tap:" : vnet0,bridge=br0,mtu=9000,queues=2.
+func ParseOptions(s string) (Options, error) {
+	o, err := parse(s)
+	if err != nil {
+		return Options{}, fmt.Errorf("tap options %q: %w", s, err)
+	}
+	return o, nil
+}
+
+func parse(s string) (o Options, err error) {
+	s, _ = strings.CutPrefix(s, "tap:")
+	if s == "tap" || s == "" {
+		return o, nil
+	}
+	seen := map[string]bool{}
+	for i, part := range strings.Split(s, ",") {
+		key, value, ok := strings.Cut(part, "=")
+		switch {
+		case i == 0 && !ok:
+			o.Name = part
+			if err := checkName(part); err != nil {
+				return o, err
+			}
+			continue
+		case !ok && key == "persist":
+			value = "on"
+		case !ok:
+			return o, fmt.Errorf("%q: want KEY=VALUE, of %s", part, knownKeys())
+		}
+		if seen[key] {
+			return o, fmt.Errorf("%s is given twice", key)
+		}
+		seen[key] = true
+		if err := o.set(key, value); err != nil {
+			return o, err
+		}
+	}
+	return o, o.check()
+}
+
+func (o *Options) set(key, value string) error {
+	for _, k := range keys {
+		if k.name != key {
+			continue
+		}
+		if err := k.parse(o, value); err != nil {
+			return fmt.Errorf("%s=%s: %w", key, value, err)
+		}
+		return nil
+	}
+	return fmt.Errorf("unknown key %q: known are %s", key, knownKeys())
+}
+
+func knownKeys() string {
+	var b strings.Builder
+	for i, k := range keys {
+		if i > 0 {
+			b.WriteString(", ")
+		}
+		b.WriteString(k.name + "=" + k.value)
+	}
+	return b.String()
+}
+
+// check looks for what contradicts itself.
+func (o *Options) check() error {
+	ways := 0
+	for _, set := range []bool{o.Name != "", len(o.FDs) > 0, o.Macvtap != ""} {
+		if set {
+			ways++
+		}
+	}
+	switch {
+	case ways > 1:
+		return errors.New("a name, fd=, fds= and macvtap= exclude each other")
+	case len(o.FDs) > 0 && o.Queues != 0 && o.Queues != len(o.FDs):
+		return fmt.Errorf("queues=%d, but %d descriptors are given: there is one queue for each", o.Queues, len(o.FDs))
+	case o.Queues < 0 || o.Queues > MaxQueues || len(o.FDs) > MaxQueues:
+		return fmt.Errorf("%d queues: want 1 to %d", max(o.Queues, len(o.FDs)), MaxQueues)
+	case o.Persist && o.Macvtap != "":
+		return errors.New("a macvtap persists by itself: leave persist out")
+	}
+	return nil
+}
+
+func number(s string, lo, hi int) (int, error) {
+	n, err := strconv.Atoi(s)
+	if err != nil || n < lo || n > hi {
+		return 0, fmt.Errorf("want a number from %d to %d", lo, hi)
+	}
+	return n, nil
+}
+
+func onOff(s string) (bool, error) {
+	switch s {
+	case "on":
+		return true, nil
+	case "off":
+		return false, nil
+	}
+	return false, errors.New("want on or off")
+}
+
+func parseMAC(o *Options, v string) error {
+	mac, err := net.ParseMAC(v)
+	if err != nil || len(mac) != 6 {
+		return errors.New("want an address like 52:54:00:12:34:56")
+	}
+	if mac[0]&1 != 0 {
+		return errors.New("that is a multicast address: its first byte must be even")
+	}
+	o.MAC = mac
+	return nil
+}
+
+func parseFDs(o *Options, v string) error {
+	if o.FDs != nil {
+		return errors.New("give either fd= or fds=")
+	}
+	for s := range strings.SplitSeq(v, ":") {
+		fd, err := number(s, 0, 1<<20)
+		if err != nil {
+			return errors.New("want descriptor numbers, with colons between them")
+		}
+		if slices.Contains(o.FDs, fd) {
+			return fmt.Errorf("descriptor %d is given twice", fd)
+		}
+		o.FDs = append(o.FDs, fd)
+	}
+	return nil
+}
+
+func checkMacvtap(v string) error {
+	if strings.HasPrefix(v, "/") {
+		return nil
+	}
+	return checkName(v)
+}
+
+// checkName holds a name to the kernel's rule for interfaces (dev_valid_name).
+func checkName(s string) error {
+	if s == "" || len(s) >= unix.IFNAMSIZ || s == "." || s == ".." || strings.ContainsAny(s, "/: \t\n\v\f\r") {
+		return fmt.Errorf("%q is no interface name: want 1 to %d characters without blanks, / and :", s, unix.IFNAMSIZ-1)
+	}
+	return nil
+}

@@ -1,0 +1,87 @@
+package tap
+
+import (
+	"sync/atomic"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/internal/sys"
+	"github.com/vhostd/vhostd/virtio"
+	"github.com/vhostd/vhostd/zerocopy"
+)
+
+// maxFrags is how many fragments go to the kernel as they are, with the header in front.
+const maxFrags = sys.MaxIovecs - 1
+
+// sender writes frames to a queue. It belongs to the transmitq's worker.
+type sender struct {
+	hdr     [hdrSize]byte
+	iov     sys.Iovecs
+	linear  []byte // for frames of more than maxFrags fragments
+	dropped atomic.Uint64
+}
+
+// Send writes frames one by one; see netdev.Queue. The kernel has copied a frame when its write returns.
+func (q *queue) Send(bufs []*zerocopy.Buffer) int {
+	start := 0 // bufs[start:i] are sent and not released
+	for i, b := range bufs {
+		errno := q.write(b)
+		if errno == 0 {
+			continue
+		}
+		zerocopy.ReleaseAll(bufs[start:i], zerocopy.Copied)
+		if errno == unix.EAGAIN {
+			return i
+		}
+		// What the kernel refuses now (a bad header, an interface that is down or gone, no memory) it would refuse again, or too late.
+		q.send.dropped.Add(1)
+		zerocopy.ReleaseAll(bufs[i:i+1], zerocopy.Dropped)
+		start = i + 1
+	}
+	zerocopy.ReleaseAll(bufs[start:], zerocopy.Copied)
+	return len(bufs)
+}
+
+func (q *queue) write(b *zerocopy.Buffer) syscall.Errno {
+	s := &q.send
+	s.iov.Reset()
+	if q.hdr > 0 {
+		hdr := outgoing(b.Header(), b.Len())
+		hdr.Encode(s.hdr[:q.hdr])
+		s.iov.Add(s.hdr[:q.hdr])
+	}
+	segs := b.Segs()
+	if len(segs) > maxFrags {
+		s.iov.Add(s.flatten(b))
+	} else {
+		for i := range segs {
+			s.iov.Add(segs[i].Mem)
+		}
+	}
+	_, errno := s.iov.Writev(q.fd)
+	return errno
+}
+
+// outgoing is the guest's header as the kernel gets it: only what a driver may say (virtio-v1.2 §5.1.6.2.1), and hdr_len, a hint that
+// the device must not rely on, no longer than the frame, for which the kernel would refuse it.
+func outgoing(hdr virtio.NetHdr, frameLen int) virtio.NetHdr {
+	hdr.Flags &= virtio.NetHdrNeedsCsum
+	hdr.HdrLen = uint16(min(int(hdr.HdrLen), frameLen))
+	hdr.NumBuffers = 0
+	return hdr
+}
+
+// flatten copies a frame of too many fragments into private memory.
+func (s *sender) flatten(b *zerocopy.Buffer) []byte {
+	if len(s.linear) < b.Len() {
+		s.linear = make([]byte, max(b.Len(), virtio.MaxFrame))
+	}
+	return s.linear[:b.CopyTo(s.linear[:b.Len()], 0)]
+}
+
+// Reap does nothing: no frame is left when Send returns.
+func (q *queue) Reap() {}
+
+// SendFD is the queue's descriptor: writable while the socket buffer has room.
+func (q *queue) SendFD() int { return q.fd }
