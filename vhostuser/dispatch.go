@@ -61,8 +61,8 @@ var dispatchTable = map[Request]func(s *session, m *Message, index int) ([]byte,
 	ReqAddMemReg: func(s *session, m *Message, _ int) ([]byte, error) {
 		return nil, s.handler.AddMemReg(decodeMemRegion(m.Payload), takeOne(m))
 	},
+	// Some front-ends send a descriptor with it, which has no use: it is not taken, and so closed.
 	ReqRemMemReg: func(s *session, m *Message, _ int) ([]byte, error) {
-		m.CloseFDs() // some front-ends send one; it has no use
 		return nil, s.handler.RemMemReg(decodeMemRegion(m.Payload))
 	},
 	ReqSetStatus: (*session).setStatus,

@@ -9,6 +9,7 @@ package vhostuser
 //
 // An error refuses that one request: a non-zero ack if the front-end asked for one, the end of the session if it did
 // not, or if the error is wrapped with Fatal. Methods that answer a request without an error result cannot fail.
+// GetFeatures and GetProtocolFeatures are also called for the checks of other requests.
 type Handler interface {
 	// GetFeatures returns the virtio features on offer, FProtocolFeatures among them if there are protocol features.
 	GetFeatures() uint64

@@ -191,6 +191,7 @@ func TestF05FileDescriptors(t *testing.T) {
 		{"two on REM_MEM_REG", ReqRemMemReg, encodeMemRegion(goldenRegion), 2},
 		{"no back channel", ReqSetBackendReqFD, nil, 0},
 		{"truncated by the kernel", ReqSetMemTable, oneRegion, 9},
+		{"truncated to the right number", ReqSetMemTable, make(MemTable, 8).encode(), 9},
 		{"truncated by far", ReqSetMemTable, oneRegion, 200},
 	}
 	for _, test := range tests {
@@ -210,8 +211,8 @@ func TestF05FileDescriptors(t *testing.T) {
 func TestF05LateFileDescriptors(t *testing.T) {
 	checkFDs(t)
 	p := startServe(t, newRecorder(), serveOptions{})
-	p.send(raw(t, "0c000000 0100"), someFDs(t, 1)...)
-	p.send(raw(t, "0000 08000000 | 0000000000000000"), someFDs(t, 1)...)
+	p.send(raw(t, "0c000000 01000000 08000000")) // the kernel may join pieces, but the header is read by itself
+	p.send(raw(t, "0000000000000000"), someFDs(t, 1)...)
 	p.wantClosed(ErrProtocol)
 }
 
