@@ -100,5 +100,16 @@ func describe(name string) (rpc.LinkResult, error) {
 	for _, a := range addrs {
 		r.Addrs = append(r.Addrs, a.IPNet.String())
 	}
-	return r, nil
+	r.Gateways, err = gateways(link)
+	return r, err
+}
+
+func gateways(link netlink.Link) (list []string, err error) {
+	routes, err := netlink.RouteList(link, netlink.FAMILY_ALL)
+	for _, route := range routes {
+		if route.Gw != nil && (route.Dst == nil || route.Dst.IP.IsUnspecified()) {
+			list = append(list, route.Gw.String())
+		}
+	}
+	return list, err
 }

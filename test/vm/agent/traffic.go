@@ -4,8 +4,6 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -138,9 +136,9 @@ func fetch(a rpc.HTTPArgs) (rpc.HTTPResult, error) {
 		return rpc.HTTPResult{}, err
 	}
 	defer resp.Body.Close()
-	h, head := sha256.New(), &prefix{max: 200}
-	n, err := io.CopyBuffer(io.MultiWriter(h, head), resp.Body, make([]byte, 256<<10))
-	r := rpc.HTTPResult{Status: resp.StatusCode, Bytes: n, SHA256: hex.EncodeToString(h.Sum(nil)), Head: string(head.b)}
+	sum, head := &stream.CRC{}, &prefix{max: 200}
+	n, err := io.CopyBuffer(io.MultiWriter(sum, head), resp.Body, make([]byte, 256<<10))
+	r := rpc.HTTPResult{Status: resp.StatusCode, Bytes: n, CRC32C: sum.Sum, Head: string(head.b)}
 	r.Elapsed = time.Since(start)
 	return r, err
 }

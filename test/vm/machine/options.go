@@ -65,11 +65,11 @@ func (o Options) withDefaults() Options {
 
 // command is the program with its first arguments. setpriv ends QEMU together with us, even when we are killed. The
 // emulated CPU is QEMU's plainest: string instructions of newer ones, which kernels then use for every copy, are emulated
-// byte by byte, and traffic is slower by half.
+// byte by byte, and traffic is slower by half. RDRAND gives the guest its first random numbers at once.
 func (o Options) command() string {
 	program := os.Getenv("VMTEST_QEMU")
 	if program == "" {
-		program = "qemu-system-x86_64 -accel tcg"
+		program = "qemu-system-x86_64 -accel tcg -cpu qemu64,+rdrand"
 	}
 	wrap := "setpriv --pdeathsig KILL"
 	if o.User != 0 {

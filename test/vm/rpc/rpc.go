@@ -103,6 +103,8 @@ type LinkResult struct {
 	Carrier bool     `json:"carrier"` // operational state is up or unknown
 	Addrs   []string `json:"addrs"`
 	Queues  int      `json:"queues"` // transmit queues of the device
+	// Gateways are those of the default routes over the interface.
+	Gateways []string `json:"gateways"`
 
 	RxPackets, TxPackets, RxBytes, TxBytes uint64
 	RxErrors, TxErrors, RxDropped          uint64
@@ -156,7 +158,7 @@ type HTTPArgs struct {
 type HTTPResult struct {
 	Status  int           `json:"status"`
 	Bytes   int64         `json:"bytes"`
-	SHA256  string        `json:"sha256"`
+	CRC32C  uint32        `json:"crc32c"`
 	Head    string        `json:"head"` // the first 200 bytes of the body
 	Elapsed time.Duration `json:"elapsed_ns"`
 }

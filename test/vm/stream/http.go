@@ -1,9 +1,8 @@
 package stream
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
+	"hash/crc32"
 	"net/http"
 	"strconv"
 	"strings"
@@ -12,7 +11,7 @@ import (
 // httpSeed is the seed of every body that ServeHTTP sends.
 const httpSeed = 0x68747470
 
-// ServeHTTP answers GET /N with N bytes, whose SHA-256 BodySum knows.
+// ServeHTTP answers GET /N with N bytes, whose checksum BodyCRC knows.
 func ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	n, err := strconv.ParseUint(strings.TrimPrefix(r.URL.Path, "/"), 10, 40)
 	if err != nil {
@@ -31,13 +30,23 @@ func ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// BodySum is the SHA-256, in hexadecimal, of the first n bytes that ServeHTTP sends.
-func BodySum(n uint64) string {
-	h, p, buf := sha256.New(), NewPattern(httpSeed), make([]byte, chunk)
+// BodyCRC is the CRC-32C of the first n bytes that ServeHTTP sends.
+func BodyCRC(n uint64) uint32 {
+	p, buf := NewPattern(httpSeed), make([]byte, chunk)
+	var sum CRC
 	for off := uint64(0); off < n; off += chunk {
 		b := buf[:min(chunk, n-off)]
 		p.Fill(b, off)
-		h.Write(b)
+		_, _ = sum.Write(b)
 	}
-	return hex.EncodeToString(h.Sum(nil))
+	return sum.Sum
+}
+
+// CRC is an io.Writer that keeps the CRC-32C of what was written: under emulation, ten times as fast as a SHA-256.
+type CRC struct{ Sum uint32 }
+
+// Write never fails.
+func (c *CRC) Write(b []byte) (int, error) {
+	c.Sum = crc32.Update(c.Sum, castagnoli, b)
+	return len(b), nil
 }
