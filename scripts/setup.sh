@@ -24,9 +24,11 @@ VMTEST_KERNEL to a kernel image and VMTEST_MODULES to its lib/modules/VERSION/ke
 
 # program:package
 wanted="qemu-system-x86_64:qemu-system-x86 setpriv:util-linux"
-[ "$what" = demo ] || wanted="$wanted ethtool:ethtool"
+# The race detector is linked by a C compiler; nothing of vhostd is C.
+[ "$what" = demo ] || wanted="$wanted ethtool:ethtool gcc:gcc"
 packages=
 for pair in $wanted; do have "${pair%%:*}" || packages="$packages ${pair#*:}"; done
+[ "$what" = demo ] || [ -e /usr/include/stdlib.h ] || packages="$packages libc6-dev"
 # testpmd loads its virtio-user and vhost drivers as plug-ins, which no package of its own depends on.
 [ "$what" != bench ] || have dpdk-testpmd || packages="$packages dpdk-dev librte-net-virtio23 librte-net-vhost23"
 

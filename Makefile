@@ -1,0 +1,68 @@
+# vhostd is built and tested with Go alone; `make demo` and `make test` install what else they need (scripts/setup.sh).
+#
+#   make demo     boot a guest whose network is vhostd, and watch it
+#   make build    bin/vhostd, one static binary
+#   make test     everything that CI runs
+#   make lint race vm bench    parts of it
+#
+# VHOSTD_REQUIRE=all (or vm,tap,...) turns tests that skip for want of something into failures, as in CI.
+
+GO ?= go
+export CGO_ENABLED = 0
+
+# The packages without the virtual machines: these take minutes and are run by themselves, so that they print as they go.
+PACKAGES = $$($(GO) list ./... | grep -v '/test/vm$$')
+stage = @printf '\n== %s  %s\n' "$$(date +%T)"
+
+.PHONY: all build demo test lint cross unit vm race bench bench-once setup clean
+
+all: build
+
+build:
+	$(GO) build -trimpath -ldflags '-s -w' -o bin/vhostd ./cmd/vhostd
+
+demo:
+	@scripts/setup.sh demo
+	@$(MAKE) --no-print-directory build
+	@$(GO) run ./test/vm/demo -vhostd bin/vhostd
+
+setup:
+	@scripts/setup.sh test
+
+test: setup lint cross unit race bench-once vm
+	$(stage) "all passed"
+
+lint:
+	$(stage) "gofmt, go vet, staticcheck"
+	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "gofmt -w is needed on:" $$unformatted; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool -modfile=tools.mod staticcheck ./...
+
+cross:
+	$(stage) "static builds for amd64 and arm64"
+	GOARCH=amd64 $(GO) build ./...
+	GOARCH=arm64 $(GO) build ./...
+	GOARCH=arm64 $(GO) vet ./...
+
+unit:
+	$(stage) "unit tests"
+	$(GO) test -count=1 -timeout 5m $(PACKAGES)
+
+# The race detector sees heap memory only: the fixtures then keep guest RAM there. It needs a C compiler.
+race:
+	$(stage) "tests under the race detector"
+	CGO_ENABLED=1 $(GO) test -count=1 -race -short -timeout 8m $(PACKAGES)
+
+bench-once:
+	$(stage) "every benchmark once"
+	$(GO) test -count=1 -timeout 5m -run '^$$' -bench . -benchtime 1x $(PACKAGES)
+
+bench:
+	$(GO) test -timeout 30m -run '^$$' -bench . -benchmem $(PACKAGES)
+
+vm:
+	$(stage) "tests with virtual machines"
+	$(GO) test -count=1 -v -timeout 15m ./test/vm
+
+clean:
+	rm -rf bin .cache
