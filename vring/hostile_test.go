@@ -54,6 +54,13 @@ func TestG01AvailIndexJumps(t *testing.T) {
 		r := newRig(t, 8, 0)
 		r.drv.RawSetAvailIndex(0xfff0 + jump)
 		r.broken("queue size 8", "available index")
+
+		r = newRig(t, 8, 0)
+		r.drv.RawSetAvailIndex(0xfff0 + jump)
+		if !r.dev.EnableKick() { // whoever sleeps now never learns of it
+			t.Errorf("EnableKick keeps quiet about an index %d ahead", jump)
+		}
+		r.broken("queue size 8", "available index")
 	}
 	t.Run("by the whole queue size is legal", func(t *testing.T) {
 		r := newRig(t, 8, 0)
@@ -189,8 +196,10 @@ func TestG05Buffers(t *testing.T) {
 			t.Run(name, func(t *testing.T) {
 				r := newRig(t, 16, 0)
 				d.Flags = flags
-				r.raw(d)
-				r.malformed(0)
+				for range 2 { // before and after the region was hit: Pop and popSlow
+					r.raw(d)
+					r.malformed(0)
+				}
 				good := r.desc(0, 10, next|flags, 1)
 				r.raw(good, d)
 				r.malformed(0)

@@ -1,7 +1,9 @@
 package vring
 
 import (
+	"flag"
 	"fmt"
+	"os"
 	"slices"
 	"testing"
 
@@ -10,6 +12,14 @@ import (
 
 	"github.com/vhostd/vhostd/virtio"
 )
+
+// TestMain makes property tests go on for long enough to get round the smaller rings. The command line may still say otherwise.
+func TestMain(m *testing.M) {
+	if err := flag.Set("rapid.steps", "200"); err != nil {
+		panic(err)
+	}
+	os.Exit(m.Run())
+}
 
 // model is what a ring is without being one: queues of chains, and who sleeps.
 type model struct {
@@ -60,6 +70,7 @@ func TestRingAgainstModel(t *testing.T) {
 			"reap":           m.doReap,
 			"device idles":   m.doDeviceIdle,
 			"driver idles":   m.doDriverIdle,
+			"device turn":    m.doDeviceTurn,
 			"no kicks":       m.doDisableKick,
 			"no calls":       m.doDisableCall,
 		})
@@ -232,6 +243,16 @@ func (m *model) doDriverIdle(rt *rapid.T) {
 		rt.Fatalf("EnableCall: %v, %d chains were used", more, len(m.used))
 	}
 	m.drvIdle, m.callsOff = !more, false
+}
+
+// doDeviceTurn is what a device does when it is woken, so that rings get far.
+func (m *model) doDeviceTurn(rt *rapid.T) {
+	for range len(m.avail) {
+		m.doPop(rt)
+		m.doPut(rt)
+	}
+	m.doPublish(rt)
+	m.doDeviceIdle(rt)
 }
 
 func (m *model) doDisableKick(*rapid.T) {
