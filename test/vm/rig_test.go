@@ -98,7 +98,7 @@ func newRig(t *testing.T, net string) *rig {
 	r.ns, err = netlab.New()
 	must(t, err)
 	t.Cleanup(r.ns.Close)
-	r.servers, err = r.ns.Serve()
+	r.servers, err = r.ns.Serve("")
 	must(t, err)
 	t.Cleanup(r.servers.Close)
 	r.dopts = daemon.Options{Dir: t.TempDir(), Net: net, Namespace: r.ns}

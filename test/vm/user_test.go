@@ -3,6 +3,7 @@
 package vm
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -117,7 +118,7 @@ func (r *rig) forward(n int64) {
 	r.t.Helper()
 	must(r.t, r.vm.Serve(r.ctx, rpc.ServeArgs{HTTP: 8080}))
 	client := http.Client{Timeout: time.Minute, Transport: &http.Transport{DisableKeepAlives: true,
-		Dial: func(network, addr string) (c net.Conn, err error) {
+		DialContext: func(_ context.Context, network, addr string) (c net.Conn, err error) {
 			err = r.ns.Do(func() error { c, err = net.Dial(network, addr); return err })
 			return c, err
 		}}}

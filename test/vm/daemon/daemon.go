@@ -143,6 +143,9 @@ func (d *Daemon) Log() []string {
 // PID is vhostd's process id.
 func (d *Daemon) PID() int { return d.cmd.Process.Pid }
 
+// CommandLine is the command, to be run by hand.
+func (d *Daemon) CommandLine() string { return strings.Join(d.cmd.Args, " ") }
+
 // Exited is closed when vhostd has ended.
 func (d *Daemon) Exited() <-chan struct{} { return d.exited }
 

@@ -33,10 +33,11 @@ type Served struct {
 	Err    error
 }
 
-// Serve starts the servers inside, on every address and on ports that the kernel chooses.
-func (n *Namespace) Serve() (*Servers, error) {
+// Serve starts the servers inside, on one address ("" is every one) and on ports that the kernel chooses.
+func (n *Namespace) Serve(host string) (*Servers, error) {
 	s := &Servers{conns: map[net.Conn]bool{}}
-	err := errors.Join(s.startStream(n), s.startHTTP(n), s.startEcho(n))
+	addr := net.JoinHostPort(host, "0")
+	err := errors.Join(s.startStream(n, addr), s.startHTTP(n, addr), s.startEcho(n, addr))
 	if err != nil {
 		s.Close()
 		return nil, err
@@ -44,8 +45,8 @@ func (n *Namespace) Serve() (*Servers, error) {
 	return s, nil
 }
 
-func (s *Servers) startStream(n *Namespace) error {
-	l, err := n.listenTCP(":0")
+func (s *Servers) startStream(n *Namespace, addr string) error {
+	l, err := n.listenTCP(addr)
 	if err != nil {
 		return err
 	}
@@ -84,8 +85,8 @@ func (s *Servers) track(conn net.Conn, open bool) {
 	}
 }
 
-func (s *Servers) startHTTP(n *Namespace) error {
-	l, err := n.listenTCP(":0")
+func (s *Servers) startHTTP(n *Namespace, addr string) error {
+	l, err := n.listenTCP(addr)
 	if err != nil {
 		return err
 	}
@@ -96,10 +97,14 @@ func (s *Servers) startHTTP(n *Namespace) error {
 	return nil
 }
 
-func (s *Servers) startEcho(n *Namespace) error {
+func (s *Servers) startEcho(n *Namespace, addr string) error {
+	local, err := net.ResolveUDPAddr("udp", addr)
+	if err != nil {
+		return err
+	}
 	var conn *net.UDPConn
-	err := n.Do(func() (err error) {
-		conn, err = net.ListenUDP("udp", &net.UDPAddr{})
+	err = n.Do(func() (err error) {
+		conn, err = net.ListenUDP("udp", local)
 		return err
 	})
 	if err != nil {
