@@ -122,7 +122,9 @@ func NewTable(regions ...*Region) (*Table, error) {
 	t := &Table{regions: sorted}
 	t.pins.Store(1)
 	for _, r := range sorted {
-		r.tables.Add(1)
+		if r.tables.Add(1) == 1 && r.mem.Bytes == nil {
+			panic("bug: a table of a region that was unmapped")
+		}
 	}
 	return t, nil
 }

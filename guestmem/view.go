@@ -3,7 +3,8 @@ package guestmem
 // DirtyLog is told of every write to guest memory while the front-end logs them for live migration (VHOST_F_LOG_ALL). It may be
 // called from several queues at once.
 type DirtyLog interface {
-	// Dirty says that n bytes from a were written, or are about to be.
+	// Dirty says that n bytes from a were written. It is told after the write: a page that is copied between the two would go
+	// without it, and be clean.
 	Dirty(a GPA, n uint64)
 }
 
@@ -65,7 +66,7 @@ func (v *View) Prefix(a GPA, n uint32) []byte {
 // Logging reports whether writes to guest memory have to be told with Dirty.
 func (v *View) Logging() bool { return v.log != nil }
 
-// Dirty tells the dirty log, if there is one, of a write. Every write to guest memory, rings included, is told.
+// Dirty tells the dirty log, if there is one, of a write that was done. Every write to guest memory, rings included, is told.
 func (v *View) Dirty(a GPA, n uint64) {
 	if v.log != nil {
 		v.log.Dirty(a, n)

@@ -92,11 +92,12 @@ func (h NetHdr) Validate(frameLen int, f Features) error {
 			return fmt.Errorf("checksum at %d+%d beyond a frame of %d bytes", h.CsumStart, h.CsumOffset, frameLen)
 		}
 	}
-	need, ok := gsoFeature[h.GSO()]
-	switch {
-	case h.GSOType == GSONone:
+	if h.GSOType == GSONone {
 		return nil
-	case !ok:
+	}
+	need := gsoFeature(h.GSO())
+	switch {
+	case need == 0:
 		return fmt.Errorf("unknown gso_type %#x", h.GSOType)
 	case f&need != need:
 		return fmt.Errorf("gso_type %#x without the feature %v", h.GSOType, need)
@@ -110,8 +111,19 @@ func (h NetHdr) Validate(frameLen int, f Features) error {
 	return nil
 }
 
-var gsoFeature = map[uint8]Features{
-	GSOTCPv4: FNetHostTSO4, GSOTCPv6: FNetHostTSO6, GSOUDP: FNetHostUFO, GSOUDPL4: FNetHostUSO,
+// gsoFeature is the feature that allows a driver to send frames of a segmentation type, or 0 when there is no such type.
+func gsoFeature(gso uint8) Features {
+	switch gso {
+	case GSOTCPv4:
+		return FNetHostTSO4
+	case GSOTCPv6:
+		return FNetHostTSO6
+	case GSOUDP:
+		return FNetHostUFO
+	case GSOUDPL4:
+		return FNetHostUSO
+	}
+	return 0
 }
 
 // Values of NetConfig.Status (virtio-v1.2 §5.1.4).
