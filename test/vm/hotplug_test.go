@@ -77,6 +77,7 @@ func TestMemoryHotplug(t *testing.T) {
 	r.plug("dimm2", 256)
 	r.tcp(hostIP, 64<<20)
 	r.ping(hostIP, 1472)
+	r.healthy()
 }
 
 // guestMappings is how many mappings of guest memory vhostd has.

@@ -43,14 +43,25 @@ func (r *rig) works() {
 type survivor struct {
 	name   string
 	pid    int
+	vhostd *daemon.Daemon // nil: it is QEMU
 	before *daemon.Resources
+}
+
+func (s *survivor) look(r *rig) daemon.Resources {
+	r.t.Helper()
+	now, err := daemon.ResourcesOf(s.pid)
+	must(r.t, err)
+	if s.vhostd != nil {
+		now.Goroutines, err = s.vhostd.Goroutines(r.ctx)
+		must(r.t, err)
+	}
+	return now
 }
 
 // check compares with the first round, in the same state, and prints what there is.
 func (s *survivor) check(r *rig) {
 	r.t.Helper()
-	now, err := daemon.ResourcesOf(s.pid)
-	must(r.t, err)
+	now := s.look(r)
 	r.logf("%s holds %v", s.name, now)
 	if s.before == nil {
 		s.before = &now
@@ -62,8 +73,7 @@ func (s *survivor) check(r *rig) {
 	}
 	// Something may be on its way out: a socket of the session before, say.
 	eventually(r.t, 20*time.Second, s.name+" to let go of: "+leak, func() bool {
-		now, err = daemon.ResourcesOf(s.pid)
-		return err == nil && now.Leak(*s.before) == ""
+		return s.look(r).Leak(*s.before) == ""
 	})
 }
 
@@ -92,7 +102,7 @@ func TestGuestReboot(t *testing.T) {
 func (r *rig) survivor() *survivor {
 	r.t.Helper()
 	if r.vhostd != nil {
-		return &survivor{name: "vhostd", pid: r.vhostd.PID()}
+		return &survivor{name: "vhostd", pid: r.vhostd.PID(), vhostd: r.vhostd}
 	}
 	return r.qemuSurvivor()
 }

@@ -59,7 +59,10 @@ func (r *rig) channels(n int) {
 
 // TestMultiqueue: two pairs carry traffic; then one does; then two again.
 func TestMultiqueue(t *testing.T) {
-	r := newTapRig(t, func(r *rig) { r.mopts.CPUs, r.mopts.QueuePairs = 2, 2 })
+	r := newTapRig(t, func(r *rig) {
+		r.mopts.CPUs, r.mopts.QueuePairs = 2, 2
+		r.dopts.Args = []string{"--queues", "2"}
+	})
 	r.features(virtio.FNetMQ, 0)
 	r.channels(2)
 	r.wantBoth(r.pairsUsed(2))
@@ -83,6 +86,7 @@ func TestMultiqueue(t *testing.T) {
 	if c.Bad != 0 || c.Received == 0 {
 		t.Errorf("UDP echo while the number of pairs changed: %+v, want replies and none bad", c)
 	}
+	r.healthy()
 }
 
 // wantBoth wants a share of at least one packet in a hundred on each pair, both ways.

@@ -101,7 +101,7 @@ func newRig(t *testing.T, net string) *rig {
 	r.servers, err = r.ns.Serve("")
 	must(t, err)
 	t.Cleanup(r.servers.Close)
-	r.dopts = daemon.Options{Dir: t.TempDir(), Net: net, Namespace: r.ns}
+	r.dopts = daemon.Options{Dir: t.TempDir(), Net: net, Namespace: r.ns, Metrics: "127.0.0.1:9100"}
 	if !qemuBackend() {
 		r.dopts.Binary, err = binary()
 		must(t, err)
@@ -200,6 +200,30 @@ func (r *rig) link(a rpc.LinkArgs) rpc.LinkResult {
 	l, err := r.vm.Link(r.ctx, a)
 	must(r.t, err)
 	return l
+}
+
+// healthy prints vhostd's counters of each queue, and wants none of those that count faults.
+func (r *rig) healthy() {
+	r.t.Helper()
+	if r.vhostd == nil {
+		return
+	}
+	s, err := r.vhostd.Stats(r.ctx)
+	must(r.t, err)
+	for _, q := range s.Queues {
+		if q.Frames == 0 && !q.Started {
+			continue
+		}
+		r.logf("vhostd: queue %d %s: %d frames, %d bytes, outcomes %v, %d kicks, %d calls, %d waits", q.Index, q.Direction,
+			q.Frames, q.Bytes, q.Outcomes, q.Kicks, q.Calls, q.Waits)
+		if q.Broken != "" || q.Malformed+q.Invalid+q.NotifyErrors+q.GivenUp != 0 {
+			r.t.Errorf("queue %d: broken %q, malformed %d, invalid %d, notify errors %d, given up %d", q.Index, q.Broken,
+				q.Malformed, q.Invalid, q.NotifyErrors, q.GivenUp)
+		}
+	}
+	if s.GuestErrors+s.FrontEndErrors != 0 {
+		r.t.Errorf("vhostd counted %d errors of the guest and %d of the front-end", s.GuestErrors, s.FrontEndErrors)
+	}
 }
 
 // must ends the test at an error.

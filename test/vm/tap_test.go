@@ -180,6 +180,7 @@ func (r *rig) everything() {
 	r.ping(hostIP6, 8952)
 	r.udp(hostIP, 8972, 32768)
 	r.setMTU(1500)
+	r.healthy()
 }
 
 // TestTap: a guest with every offload on, through tap.
@@ -223,6 +224,7 @@ func TestTapOffloads(t *testing.T) {
 		r.udp(hostIP, 1472)
 		r.tcp(hostIP, transferSize)
 	}
+	r.healthy()
 }
 
 // TestTapDevice: forms of the device that a user may ask QEMU for.

@@ -57,6 +57,7 @@ func TestUser(t *testing.T) {
 	r.tcp(userGateway, 128<<20)
 	r.udp(userGateway, 8, 1472)
 	r.forward(8 << 20)
+	r.healthy()
 }
 
 // dhcp configures the guest by DHCP, with u-root's client.

@@ -19,6 +19,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/vhostd/vhostd/backend"
 	"github.com/vhostd/vhostd/test/vm/netlab"
 )
 
@@ -30,6 +31,7 @@ type Options struct {
 	Client    bool   // --client: the front-end listens
 	Args      []string
 	Namespace *netlab.Namespace // nil: the test's own
+	Metrics   string            // --metrics; needed by Goroutines
 	User      int               // user and group id, without capabilities; 0: the caller's own
 	Log       func(line string)
 }
@@ -64,6 +66,9 @@ func Start(ctx context.Context, o Options) (*Daemon, error) {
 	}
 	if err := os.Remove(o.Control()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
+	}
+	if o.Metrics != "" {
+		args = append(args, "--metrics", o.Metrics)
 	}
 	d := &Daemon{opts: o, exited: make(chan struct{})}
 	d.cmd = exec.Command(o.Binary, append(args, o.Args...)...)
@@ -172,16 +177,19 @@ func (d *Daemon) Stop(ctx context.Context) error {
 	}
 }
 
-// Stats runs vhostd stats --json and returns the document.
-func (d *Daemon) Stats(ctx context.Context) (json.RawMessage, error) {
+// Stats runs vhostd stats --json.
+func (d *Daemon) Stats(ctx context.Context) (s backend.Stats, err error) {
 	var stderr strings.Builder
 	cmd := exec.CommandContext(ctx, d.opts.Binary, "stats", "--control", d.opts.Control(), "--json")
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return nil, fmt.Errorf("vhostd stats: %w: %s", err, stderr.String())
+		return s, fmt.Errorf("vhostd stats: %w: %s", err, stderr.String())
 	}
-	return out, nil
+	if err := json.Unmarshal(out, &s); err != nil {
+		return s, fmt.Errorf("vhostd stats: %w in %s", err, out)
+	}
+	return s, nil
 }
 
 // StatsText runs vhostd stats, as a person would.

@@ -3,12 +3,17 @@
 package daemon
 
 import (
+	"bufio"
+	"context"
 	"errors"
 	"fmt"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"sort"
 	"strings"
+	"time"
 )
 
 // Resources are what a process holds, seen from outside.
@@ -17,6 +22,8 @@ type Resources struct {
 	Memory  int            // mappings of guest memory (memfd)
 	Threads int
 	RSSKiB  int
+	// Goroutines is set by those who can ask for it.
+	Goroutines int
 }
 
 // ResourcesOf looks into /proc.
@@ -50,6 +57,35 @@ func kind(target string) string {
 	return strings.TrimPrefix(target, "anon_inode:")
 }
 
+// Goroutines asks vhostd's metrics how many goroutines there are.
+func (d *Daemon) Goroutines(ctx context.Context) (int, error) {
+	dial := func(ctx context.Context, network, addr string) (conn net.Conn, err error) {
+		err = d.opts.Namespace.Do(func() error {
+			conn, err = (&net.Dialer{}).DialContext(ctx, network, addr)
+			return err
+		})
+		return conn, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, "GET", "http://"+d.opts.Metrics+"/metrics", nil)
+	if err != nil {
+		return 0, err
+	}
+	resp, err := (&http.Transport{DialContext: dial, DisableKeepAlives: true}).RoundTrip(req)
+	if err != nil {
+		return 0, fmt.Errorf("vhostd --metrics: %w", err)
+	}
+	defer resp.Body.Close()
+	for s := bufio.NewScanner(resp.Body); s.Scan(); {
+		var n int
+		if _, err := fmt.Sscanf(s.Text(), "go_goroutines %d", &n); err == nil {
+			return n, nil
+		}
+	}
+	return 0, errors.New("vhostd --metrics: no go_goroutines")
+}
+
 // Total is the number of open files.
 func (r Resources) Total() int {
 	n := 0
@@ -66,8 +102,8 @@ func (r Resources) String() string {
 		kinds = append(kinds, fmt.Sprintf("%s %d", k, n))
 	}
 	sort.Strings(kinds)
-	return fmt.Sprintf("%d fds (%s), %d guest memory mappings, %d threads, %d KiB resident",
-		r.Total(), strings.Join(kinds, ", "), r.Memory, r.Threads, r.RSSKiB)
+	return fmt.Sprintf("%d fds (%s), %d guest memory mappings, %d threads, %d goroutines, %d KiB resident",
+		r.Total(), strings.Join(kinds, ", "), r.Memory, r.Threads, r.Goroutines, r.RSSKiB)
 }
 
 // Leak compares with an earlier look at the same process in the same state, and describes what is more. Threads are
@@ -82,6 +118,9 @@ func (r Resources) Leak(before Resources) string {
 	}
 	if r.Memory > before.Memory {
 		more = append(more, fmt.Sprintf("guest memory mappings: %d, was %d", r.Memory, before.Memory))
+	}
+	if r.Goroutines > before.Goroutines {
+		more = append(more, fmt.Sprintf("goroutines: %d, were %d", r.Goroutines, before.Goroutines))
 	}
 	sort.Strings(more)
 	return strings.Join(more, "; ")
