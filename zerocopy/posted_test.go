@@ -311,6 +311,34 @@ func TestNoAllocations(t *testing.T) {
 	}
 }
 
+func BenchmarkPosted(b *testing.B) {
+	for _, size := range []int{64, 1518} {
+		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
+			g := newGuest(b, 256, features)
+			p := NewPosted(g.ring, features)
+			frags := [][]byte{frame(size, 1)}
+			bufs := []vring.Buf{{GPA: g.alloc(2048), Len: 2048}}
+			for i := 0; i < b.N; i += 64 {
+				b.StopTimer()
+				for range 64 {
+					_, _ = g.driver.Add(nil, bufs)
+				}
+				g.driver.Publish()
+				b.StartTimer()
+				for range 64 {
+					p.Write(virtio.NetHdr{}, frags)
+				}
+				g.ring.Publish()
+				b.StopTimer()
+				for range 64 {
+					g.driver.Reap()
+				}
+				b.StartTimer()
+			}
+		})
+	}
+}
+
 func BenchmarkWindow(b *testing.B) {
 	g := newGuest(b, 256, features)
 	w := g.window()
