@@ -56,26 +56,34 @@ func (q *queue) Recv(p *zerocopy.Posted, limit int) (n int, idle bool, err error
 			n++
 		}
 	}
-	for tries := n; tries < limit; tries++ {
+	// Frames that get lost do not count for the caller, who takes n = 0 for the end of something: they have a limit of their own,
+	// after which the descriptor, still readable, brings the caller back.
+	for lost := 0; n < limit; {
 		segs, total := p.Space(p.HdrLen() + r.want)
 		if total == 0 {
 			return n, false, nil
 		}
 		got, errno := q.read(segs, p.HdrLen())
+		res := zerocopy.TooBig
 		switch errno {
 		case 0:
-			switch r.place(p, segs, got-q.hdr) {
-			case zerocopy.NoRoom:
-				return n, false, nil
-			case zerocopy.Written:
-				n++
-			}
+			res = r.place(p, segs, got-q.hdr)
 		case unix.EAGAIN:
 			return n, true, q.alive()
 		case unix.EFAULT, unix.ENOMEM, unix.EINVAL:
 			r.lost.Add(1) // that frame's end, such as guest memory that is not there
 		default:
 			return n, false, fmt.Errorf("reading from the tap's queue: %w (is the interface gone?)", errno)
+		}
+		switch res {
+		case zerocopy.NoRoom:
+			return n, false, nil
+		case zerocopy.Written:
+			n++
+		case zerocopy.TooBig:
+			if lost++; lost == limit {
+				return n, true, nil
+			}
 		}
 	}
 	return n, false, nil
