@@ -32,7 +32,8 @@ func (o Outcome) String() string { return outcomeNames[o] }
 
 // Ubuf is the userspace-buffer information that rides on a Buffer whose fragments are guest pages.
 type Ubuf struct {
-	// Callback runs once, when the last reference to the pages has gone. It may run on any goroutine.
+	// Callback runs once, when the last reference to the pages has gone. It may run on any goroutine. u is good until the Buffer
+	// carries another frame.
 	Callback func(u *Ubuf, o Outcome)
 	// Arg is the callback owner's.
 	Arg any
@@ -62,6 +63,7 @@ type Buffer struct {
 	ubuf   Ubuf
 	worst  atomic.Uint32 // 1 + the outcome of a reference that was not ZeroCopied: so is the whole; 0 for none
 	bufs   [][]byte      // scratch of Frags
+	told   Ubuf          // the last one, while its Callback runs
 }
 
 // NewBuffer returns a Buffer of private memory: no Ubuf, one reference. The frame has no virtio-net header in it; hdr is its header.
@@ -172,8 +174,7 @@ func (b *Buffer) Release(o Outcome) {
 	if worst := b.worst.Load(); worst != 0 {
 		o = Outcome(worst - 1)
 	}
-	own := b.detach()
-	own.run(o)
+	b.returned(o)
 }
 
 // ReleaseAll releases every buffer of bufs as Release does. A device that is done with frames when its Send returns calls it from
@@ -190,25 +191,15 @@ func ReleaseAll(bufs []*Buffer, o Outcome) {
 	}
 }
 
-// owner is a Ubuf taken off its Buffer.
-type owner struct {
-	window *Window
-	ubuf   Ubuf
-}
-
-func (b *Buffer) detach() owner {
-	o := owner{window: b.window, ubuf: b.ubuf}
-	b.window, b.ubuf = nil, Ubuf{}
-	return o
-}
-
-// run tells the owner. The Buffer may carry another frame once it has begun.
-func (o *owner) run(out Outcome) {
-	if o.window != nil {
-		o.window.complete(o.ubuf.Desc, out)
+// returned takes the Ubuf off b and tells its owner. b may carry another frame once that has begun.
+func (b *Buffer) returned(o Outcome) {
+	if w := b.window; w != nil {
+		b.window = nil
+		w.complete(b.ubuf.Desc, o)
 		return
 	}
-	o.ubuf.Callback(&o.ubuf, out)
+	b.told, b.ubuf = b.ubuf, Ubuf{}
+	b.told.Callback(&b.told, o)
 }
 
 // Recycle prepares a Buffer of private memory for another frame. It refuses one that carries a Ubuf: its pages are not ours to reuse.
@@ -222,6 +213,18 @@ func (b *Buffer) Recycle(hdr virtio.NetHdr, frags ...[]byte) error {
 	b.worst.Store(0)
 	return nil
 }
+
+// RecycleUbuf is Recycle for fragments that belong to somebody who wants them back: u.Callback runs at the last Release.
+func (b *Buffer) RecycleUbuf(u Ubuf, hdr virtio.NetHdr, frags ...[]byte) error {
+	if err := b.Recycle(hdr, frags...); err != nil {
+		return err
+	}
+	b.ubuf = u
+	return nil
+}
+
+// Held tells a Callback whether somebody goes on with the Buffer: it was orphaned, not released, and is not to be recycled.
+func (b *Buffer) Held() bool { return atomic.LoadInt32(&b.refs) > 0 }
 
 // Allocator provides the private memory for Orphan: n bytes, or an error when there are none to be had.
 type Allocator func(n int) ([]byte, error)

@@ -27,11 +27,10 @@ func (b *Buffer) Orphan(alloc Allocator) error {
 	private = private[:b.CopyTo(private, 0)]
 	// A fresh slice: the old one's memory belongs to the Window's slot.
 	b.segs = []vring.Seg{{Mem: private}}
-	own := b.detach()
-	if own.window != nil {
-		own.window.slots[own.ubuf.Desc].buf = nil // the slot goes on without b, which is its holder's now
+	if w := b.window; w != nil {
+		w.slots[b.ubuf.Desc].buf = nil // the slot goes on without b, which is its holder's now
 	}
-	own.run(Copied)
+	b.returned(Copied)
 	return nil
 }
 
