@@ -1,0 +1,118 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/netdev/tap"
+)
+
+// checkPing looks for the right to send pings without privilege.
+func checkPing() []finding {
+	f := finding{
+		What: "pings for --net user", Detail: "allowed",
+		Fix: `sudo sysctl -w net.ipv4.ping_group_range="0 2147483647" (and a line in /etc/sysctl.d to keep it)`,
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.IPPROTO_ICMP)
+	if err == nil {
+		unix.Close(fd)
+	} else {
+		allowed, _ := os.ReadFile("/proc/sys/net/ipv4/ping_group_range")
+		err = fmt.Errorf("%w; net.ipv4.ping_group_range is %q", err, strings.Join(strings.Fields(string(allowed)), " "))
+		f.Meaning = "a guest can ping its router, and no host beyond it; TCP, UDP and DNS work"
+	}
+	return one(f, err, verdictWarn)
+}
+
+// checkTap passes on what package tap knows.
+func checkTap() []finding {
+	var all []finding
+	for _, fact := range tap.Check() {
+		f := finding{What: "--net tap: " + fact.What, Verdict: verdictOK, Detail: fact.Detail, Fix: fact.Fix}
+		if !fact.OK {
+			f.Verdict = verdictWarn
+		}
+		all = append(all, f)
+	}
+	return all
+}
+
+// notUsed says of facilities of the kernel that no device of this version takes them.
+const notUsed = "no device of this version uses it"
+
+func checkLockedMemory() []finding {
+	f := finding{What: "locked memory", Meaning: notUsed}
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &l); err != nil {
+		return one(f, err, verdictWarn)
+	}
+	f.Verdict, f.Detail = verdictOK, "at most "+limit(l.Cur, "bytes")
+	return []finding{f}
+}
+
+func checkHugePages() []finding {
+	f := finding{What: "huge pages", Verdict: verdictOK, Meaning: "not needed; a guest may be given some (memory-backend-memfd,hugetlb=on)"}
+	b, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return one(f, err, verdictWarn)
+	}
+	var total, free int
+	for line := range strings.Lines(string(b)) {
+		_, _ = fmt.Sscanf(line, "HugePages_Total: %d", &total)
+		_, _ = fmt.Sscanf(line, "HugePages_Free: %d", &free)
+	}
+	f.Detail = fmt.Sprintf("%d reserved, %d free", total, free)
+	return []finding{f}
+}
+
+// checkIOURing asks for a ring with impossible parameters: whether it is refused for those tells whether others would be granted.
+func checkIOURing() []finding {
+	f := finding{What: "io_uring", Detail: "available", Meaning: notUsed}
+	_, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, 1, 0, 0)
+	switch {
+	case errors.Is(errno, unix.EFAULT):
+	case errors.Is(errno, unix.EPERM):
+		f.Detail = "switched off for this process"
+		if b, err := os.ReadFile("/proc/sys/kernel/io_uring_disabled"); err == nil && strings.TrimSpace(string(b)) != "0" {
+			f.Detail += ": kernel.io_uring_disabled is " + strings.TrimSpace(string(b))
+			f.Fix = "sudo sysctl -w kernel.io_uring_disabled=0"
+		} else {
+			f.Detail += " by a seccomp filter"
+		}
+	default:
+		f.Detail = errno.Error()
+	}
+	f.Verdict = verdictOK
+	return []finding{f}
+}
+
+func checkZeroCopySend() []finding {
+	f := finding{What: "MSG_ZEROCOPY", Verdict: verdictOK, Detail: "available for UDP", Meaning: notUsed}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err == nil {
+		err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ZEROCOPY, 1)
+		unix.Close(fd)
+	}
+	if err != nil {
+		f.Detail = err.Error()
+	}
+	return []finding{f}
+}
+
+func checkXDP() []finding {
+	f := finding{What: "AF_XDP", Verdict: verdictOK, Detail: "available", Meaning: notUsed}
+	fd, err := unix.Socket(unix.AF_XDP, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	switch {
+	case err == nil:
+		unix.Close(fd)
+	case errors.Is(err, unix.EPERM):
+		f.Detail = "needs CAP_NET_RAW, which this process does not have"
+	default:
+		f.Detail = err.Error()
+	}
+	return []finding{f}
+}

@@ -1,0 +1,187 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/cobra"
+
+	"github.com/vhostd/vhostd/backend"
+	"github.com/vhostd/vhostd/internal/control"
+	"github.com/vhostd/vhostd/vhostuser"
+)
+
+func newRun() *cobra.Command {
+	var f flags
+	cmd := &cobra.Command{
+		Use:   "run --socket-path PATH [--net KIND]",
+		Short: "Serve one virtual machine",
+		Long: `Serve one virtual machine's network card, until a signal ends it.
+
+vhostd stays in the foreground and writes its log to the standard error. It waits for a VMM on the vhost-user socket, and for the
+next one when that goes away: a reboot of the guest or a restart of the VMM needs no restart of vhostd. SIGTERM, SIGINT
+and SIGHUP end it cleanly; a second one ends it at once.`,
+		Example: `  vhostd run --socket-path /tmp/vm1.sock
+  vhostd run --socket-path /tmp/vm1.sock --hostfwd tcp:127.0.0.1:2222-:22
+  vhostd run --socket-path /run/vm1.sock --net tap:vnet0,bridge=br0 --queues 4`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if f.printCapabilities {
+				return printCapabilities(cmd.OutOrStdout())
+			}
+			if f.socketPath == "" && !cmd.Flags().Changed("fd") && !activated() {
+				return usagef("--socket-path is needed: where the VMM is to connect")
+			}
+			s, err := f.settle(cmd.Flags().Changed)
+			if err != nil {
+				return err
+			}
+			return serve(s, cmd.OutOrStdout(), newLog(s, cmd.ErrOrStderr()))
+		},
+	}
+	f.register(cmd.Flags())
+	cmd.Flags().SortFlags = false
+	return cmd
+}
+
+// printCapabilities answers as the vhost-user "backend program conventions" have it. A net back-end has no capabilities to list.
+func printCapabilities(w io.Writer) error {
+	return writeJSON(w, struct {
+		Type string `json:"type"`
+	}{"net"})
+}
+
+func newLog(s settings, w io.Writer) *slog.Logger {
+	opts := &slog.HandlerOptions{Level: s.level}
+	if s.logFormat == "json" {
+		return slog.New(slog.NewJSONHandler(w, opts))
+	}
+	return slog.New(slog.NewTextHandler(w, opts))
+}
+
+// serve puts the parts together and runs them until a signal.
+func serve(s settings, stdout io.Writer, log *slog.Logger) (err error) {
+	signal.Ignore(syscall.SIGPIPE) // a reader of the log that goes away must not take the guest's network with it
+	ctx, cancel := untilSignal(log)
+	defer cancel()
+	dev, err := openDevice(s)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dev.Close()) }()
+	be, err := backend.New(backend.Options{
+		Device: dev, MAC: s.mac, MTU: s.mtu, Log: log, Poll: s.poll, MaxPairs: s.queues, Disable: s.disable,
+	})
+	if err != nil {
+		return err
+	}
+	src, err := openSource(s, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, src.Close()) }()
+	closeDoors, err := openDoors(s, src.path, reporter(be, s, src.path), log)
+	if err != nil {
+		return err
+	}
+	defer closeDoors()
+	if src.hint {
+		printHint(stdout, s, src.path, be)
+	}
+	caps := dev.Capabilities()
+	log.Info("ready", "version", buildInfo().Version, "socket", src.path, "net", caps.Kind, "name", caps.Name, "mtu", caps.MTU)
+	notify(log, daemon.SdNotifyReady)
+	defer notify(log, daemon.SdNotifyStopping)
+	return be.Serve(ctx, announcing{src, log})
+}
+
+// openDoors opens the ways to ask the daemon about itself: the control socket, and metrics if they are asked for.
+func openDoors(s settings, socket string, stats func() report, log *slog.Logger) (closeAll func(), err error) {
+	var open []io.Closer
+	closeAll = func() {
+		for _, c := range open {
+			if err := c.Close(); err != nil {
+				log.Warn("cannot close", "error", err)
+			}
+		}
+	}
+	if path := s.controlPath(socket); path != "" {
+		c, err := control.Listen(path, map[string]control.Handler{"stats": func() (any, error) { return stats(), nil }})
+		if err != nil {
+			return nil, fmt.Errorf("%w (--control chooses another path, --control %s does without)", err, controlNone)
+		}
+		open = append(open, c)
+	}
+	if s.metrics != "" {
+		m, err := serveMetrics(s.metrics, s.pprof, stats, log)
+		if err != nil {
+			closeAll()
+			return nil, err
+		}
+		open = append(open, m)
+	}
+	return closeAll, nil
+}
+
+// controlPath is where the control socket is to be, given the vhost-user socket's path; "" is nowhere.
+func (s settings) controlPath(socket string) string {
+	switch {
+	case s.control == controlNone:
+		return ""
+	case s.control != "":
+		return s.control
+	case socket == "":
+		return ""
+	}
+	return socket + controlSuffix
+}
+
+// untilSignal returns a context that the first signal ends. The second ends the process.
+func untilSignal(log *slog.Logger) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.Background())
+	ends := []os.Signal{syscall.SIGTERM, syscall.SIGINT}
+	if !signal.Ignored(syscall.SIGHUP) { // else somebody started us with nohup
+		ends = append(ends, syscall.SIGHUP)
+	}
+	got := make(chan os.Signal, 2)
+	signal.Notify(got, ends...)
+	go func() {
+		log.Info("ending", "signal", (<-got).String())
+		cancel()
+		sig := <-got
+		log.Warn("ending at once", "signal", sig.String())
+		os.Exit(exitFailure)
+	}()
+	return ctx, cancel
+}
+
+// notify tells the service manager, if there is one, about our state (sd_notify).
+func notify(log *slog.Logger, state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		log.Warn("cannot tell the service manager", "state", state, "error", err)
+	}
+}
+
+// announcing tells the service manager whether there is a front-end.
+type announcing struct {
+	source
+	log *slog.Logger
+}
+
+// Accept implements vhostuser.Acceptor.
+func (a announcing) Accept(ctx context.Context) (*vhostuser.Conn, error) {
+	notify(a.log, "STATUS=Waiting for a VMM on "+a.path)
+	c, err := a.source.Accept(ctx)
+	if err == nil {
+		notify(a.log, "STATUS=Serving a VMM since "+time.Now().Format(time.DateTime))
+	}
+	return c, err
+}

@@ -1,0 +1,198 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"net"
+	"os/user"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"github.com/vhostd/vhostd/backend"
+	"github.com/vhostd/vhostd/virtio"
+)
+
+// controlSuffix makes the control socket's path of the vhost-user socket's.
+const controlSuffix = ".ctl"
+
+// controlNone is the --control that asks for no control socket.
+const controlNone = "none"
+
+// flags of vhostd run, as they were given.
+type flags struct {
+	socketPath, socketGroup string
+	socketMode              string
+	client                  bool
+	fd                      int
+	printCapabilities       bool
+	net                     string
+	hostfwd                 []string
+	mac                     string
+	mtu, queues             int
+	poll                    time.Duration
+	disable                 string
+	control, metrics        string
+	pprof                   bool
+	logFormat, logLevel     string
+}
+
+func (f *flags) register(fs *pflag.FlagSet) {
+	fs.StringVar(&f.socketPath, "socket-path", "", "`path` of the vhost-user socket")
+	fs.IntVar(&f.fd, "fd", -1, "`number` of an inherited descriptor instead: a socket that listens or is connected")
+	fs.BoolVar(&f.client, "client", false, "connect to --socket-path, where the VMM listens, instead of listening")
+	fs.StringVar(&f.socketMode, "socket-mode", "", "permissions of the socket, in octal (default 0600, 0660 with --socket-group)")
+	fs.StringVar(&f.socketGroup, "socket-group", "", "`group` of the socket, by name or number")
+	fs.BoolVar(&f.printCapabilities, "print-capabilities", false, "print what this back-end is, as JSON, and exit")
+
+	fs.StringVar(&f.net, "net", "user", "what the guest's frames go to: "+kindsUsage())
+	fs.StringArrayVar(&f.hostfwd, "hostfwd", nil, hostfwdUsage)
+	fs.StringVar(&f.mac, "mac", "", "MAC `address` to offer to the guest (default: the VMM chooses)")
+	fs.IntVar(&f.mtu, "mtu", 0, "MTU in `bytes` to offer to the guest; a tap gets it as well (default: the device's)")
+	fs.IntVar(&f.queues, "queues", 0, "queue pairs, `N` (default: what the device has)")
+	fs.DurationVar(&f.poll, "poll", backend.DefaultPoll, "longest busy wait before sleeping; tunes itself below that; 0 for none")
+	fs.StringVar(&f.disable, "disable-features", "", "virtio features not to offer, a `list` like MRG_RXBUF,EVENT_IDX")
+
+	fs.StringVar(&f.control, "control", "", "`path` of the control socket, or none (default: --socket-path with "+controlSuffix+" added)")
+	fs.StringVar(&f.metrics, "metrics", "", "`address` to serve Prometheus metrics on, like 127.0.0.1:9100")
+	fs.BoolVar(&f.pprof, "pprof", false, "serve Go's profiles at the --metrics address, too")
+	fs.StringVar(&f.logFormat, "log-format", "text", "text or json")
+	fs.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
+}
+
+// settings are flags that have been understood.
+type settings struct {
+	flags
+	mode    uint32 // of the socket
+	group   int    // of the socket; -1: leave it
+	mac     [6]byte
+	disable virtio.Features
+	level   slog.Level
+}
+
+// settle understands the flags. All its errors are usage errors.
+func (f flags) settle(given func(name string) bool) (settings, error) {
+	s := settings{flags: f, mode: 0o600, group: -1}
+	if given("fd") && (f.socketPath != "" || f.client) {
+		return s, usagef("--fd excludes --socket-path and --client: the descriptor is the connection")
+	}
+	if f.client && f.socketPath == "" {
+		return s, usagef("--client needs --socket-path: where the VMM listens")
+	}
+	if given("fd") && f.fd < 0 {
+		return s, usagef("--fd %d: want the number of an inherited descriptor", f.fd)
+	}
+	if f.pprof && f.metrics == "" {
+		return s, usagef("--pprof needs --metrics: the address to serve on")
+	}
+	if f.queues < 0 || given("queues") && f.queues == 0 {
+		return s, usagef("--queues %d: want at least 1", f.queues)
+	}
+	if f.poll < 0 {
+		return s, usagef("--poll %v: want 0 or more", f.poll)
+	}
+	if f.logFormat != "text" && f.logFormat != "json" {
+		return s, usagef("--log-format %q: want text or json", f.logFormat)
+	}
+	if err := s.parse(); err != nil {
+		return s, &usageError{err}
+	}
+	return s, nil
+}
+
+func (s *settings) parse() (err error) {
+	if err := s.level.UnmarshalText([]byte(s.logLevel)); err != nil {
+		return fmt.Errorf("--log-level %q: want debug, info, warn or error", s.logLevel)
+	}
+	if s.mac, err = parseMAC(s.flags.mac); err != nil {
+		return err
+	}
+	if s.disable, err = parseFeatures(s.flags.disable); err != nil {
+		return err
+	}
+	return s.parseOwner()
+}
+
+func (s *settings) parseOwner() error {
+	if s.client && (s.socketGroup != "" || s.socketMode != "") {
+		return fmt.Errorf("--client excludes --socket-mode and --socket-group: the socket is the VMM's")
+	}
+	if s.socketGroup != "" {
+		gid, err := lookupGroup(s.socketGroup)
+		if err != nil {
+			return err
+		}
+		s.group, s.mode = gid, 0o660
+	}
+	if s.socketMode == "" {
+		return nil
+	}
+	mode, err := strconv.ParseUint(s.socketMode, 8, 32)
+	if err != nil || mode == 0 || mode > 0o777 {
+		return fmt.Errorf("--socket-mode %q: want permissions in octal, like 0660", s.socketMode)
+	}
+	s.mode = uint32(mode)
+	return nil
+}
+
+func lookupGroup(name string) (int, error) {
+	if gid, err := strconv.ParseUint(name, 10, 31); err == nil {
+		return int(gid), nil
+	}
+	g, err := user.LookupGroup(name)
+	if err != nil {
+		return 0, fmt.Errorf("--socket-group %q: there is no such group on this host", name)
+	}
+	return strconv.Atoi(g.Gid)
+}
+
+func parseMAC(s string) (mac [6]byte, err error) {
+	if s == "" {
+		return mac, nil
+	}
+	a, err := net.ParseMAC(s)
+	switch {
+	case err != nil || len(a) != len(mac):
+		return mac, fmt.Errorf("--mac %q: want an address like 52:54:00:12:34:56", s)
+	case a[0]&1 != 0:
+		return mac, fmt.Errorf("--mac %q is a multicast address: its first byte must be even", s)
+	}
+	if copy(mac[:], a); mac == [6]byte{} {
+		return mac, fmt.Errorf("--mac %q: all zero is no address", s)
+	}
+	return mac, nil
+}
+
+// parseFeatures reads a comma list of feature names as virtio.Features prints them, with or without the specification's prefixes.
+func parseFeatures(list string) (virtio.Features, error) {
+	var all virtio.Features
+	for name := range strings.SplitSeq(list, ",") {
+		name = strings.ToUpper(strings.TrimSpace(name))
+		for _, prefix := range []string{"VIRTIO_NET_F_", "VIRTIO_F_", "VIRTIO_RING_F_"} {
+			name = strings.TrimPrefix(name, prefix)
+		}
+		if name == "" {
+			continue
+		}
+		f, ok := offerable()[name]
+		if !ok {
+			return 0, fmt.Errorf("--disable-features: unknown feature %q", name)
+		}
+		all |= f
+	}
+	return all, nil
+}
+
+// offerable are the features that have a name and belong to the guest; FProtocolFeatures belongs to the front-end.
+func offerable() map[string]virtio.Features {
+	m := map[string]virtio.Features{}
+	for bit := range 64 {
+		f := virtio.Features(1) << bit
+		if name := f.String(); !strings.HasPrefix(name, "bit ") && f != virtio.FProtocolFeatures {
+			m[name] = f
+		}
+	}
+	return m
+}

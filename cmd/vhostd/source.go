@@ -1,0 +1,105 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/vhostuser"
+)
+
+// source is where front-ends come from.
+type source struct {
+	vhostuser.Acceptor
+	path string // of the vhost-user socket; "" when there is none that a VMM could use
+	hint bool   // whoever starts the VMM wants to be told how
+}
+
+// activated tells whether a service manager has passed sockets to this process (sd_listen_fds).
+func activated() bool { return os.Getenv("LISTEN_FDS") != "" }
+
+// openSource makes the source that the settings name.
+func openSource(s settings, log *slog.Logger) (source, error) {
+	conn := vhostuser.ListenOptions{Mode: s.mode, Refused: func() {
+		log.Warn("refused a second front-end: the device has one")
+	}}
+	switch {
+	case s.client:
+		d, err := vhostuser.NewDialer(s.socketPath, vhostuser.DialOptions{Waiting: func(err error) {
+			log.Info("waiting for the VMM to listen", "socket", s.socketPath, "error", err)
+		}})
+		return source{d, s.socketPath, true}, err
+	case s.socketPath != "":
+		return listen(s, conn)
+	case s.fd >= 0:
+		a, err := inherit(s.fd, conn)
+		return source{a, socketName(s.fd), false}, err
+	}
+	return activate(conn)
+}
+
+// listen makes the socket. Its group is set before its mode lets the group in.
+func listen(s settings, opts vhostuser.ListenOptions) (source, error) {
+	if s.group >= 0 {
+		opts.Mode &= 0o600
+	}
+	l, err := vhostuser.Listen(s.socketPath, opts)
+	if err != nil || s.group < 0 {
+		return source{l, s.socketPath, true}, err
+	}
+	if err := errors.Join(os.Lchown(s.socketPath, -1, s.group), os.Chmod(s.socketPath, os.FileMode(s.mode))); err != nil {
+		l.Close()
+		return source{}, fmt.Errorf("--socket-group: %w (vhostd must be root or a member of the group)", err)
+	}
+	return source{l, s.socketPath, true}, nil
+}
+
+// inherit takes over a descriptor, whichever of the two kinds it is.
+func inherit(fd int, opts vhostuser.ListenOptions) (vhostuser.Acceptor, error) {
+	listening, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
+	switch {
+	case errors.Is(err, unix.EBADF):
+		return nil, fmt.Errorf("descriptor %d is not open: whoever starts vhostd must pass it on, without close-on-exec", fd)
+	case err != nil:
+		return nil, fmt.Errorf("descriptor %d is not a socket (%w)", fd, err)
+	case listening != 0:
+		return vhostuser.ListenFD(fd, opts)
+	}
+	return vhostuser.NewConnected(fd, opts.Conn)
+}
+
+// activate takes the one socket that a service manager has passed.
+func activate(opts vhostuser.ListenOptions) (source, error) {
+	files := activation.Files(true)
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
+	if len(files) != 1 {
+		return source{}, fmt.Errorf("the service manager passed %d sockets: want one, that of the VM", len(files))
+	}
+	fd, err := unix.FcntlInt(files[0].Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return source{}, fmt.Errorf("the service manager's socket: %w", err)
+	}
+	path := socketName(fd)
+	a, err := inherit(fd, opts)
+	return source{a, path, true}, err
+}
+
+// socketName is the path that a socket is bound to, "" for none.
+func socketName(fd int) string {
+	sa, err := unix.Getsockname(fd)
+	if err != nil {
+		return ""
+	}
+	if u, ok := sa.(*unix.SockaddrUnix); ok && len(u.Name) > 0 && u.Name[0] != '@' {
+		return u.Name
+	}
+	return ""
+}

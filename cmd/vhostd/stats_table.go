@@ -1,0 +1,129 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/vhostd/vhostd/backend"
+	"github.com/vhostd/vhostd/zerocopy"
+)
+
+// printReport prints for people. before is an earlier report to make rates from, or nil.
+func printReport(w io.Writer, r report, before *report) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(w, summary(r))
+	fmt.Fprintln(t, "QUEUE\tDIRECTION\tSIZE\tSTATE\tFRAMES\tBYTES\tFRAMES/S\tBIT/S\tKICKS\tCALLS\tWAITS\t")
+	for i, q := range r.Queues {
+		frames, bits := rates(r, before, i)
+		fmt.Fprintf(t, "%d\t%s\t%d\t%s\t%d\t%s\t%s\t%s\t%d\t%d\t%d\t\n",
+			q.Index, q.Direction, q.Size, state(q), q.Frames, binary(q.Bytes), frames, bits, q.Kicks, q.Calls, q.Waits)
+	}
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	fmt.Fprintln(w, "\nFrames from the guest, by what became of their pages:")
+	printOutcomes(t, r.Queues)
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	fmt.Fprintln(w, "\nTrouble:")
+	printTrouble(t, r.Queues)
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	for _, q := range r.Queues {
+		if q.Broken != "" {
+			fmt.Fprintf(w, "\nqueue %d stands still: %s\n", q.Index, q.Broken)
+		}
+	}
+	return nil
+}
+
+// summary is everything that is not about one queue.
+func summary(r report) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "vhostd %s, process %d, up %v, --net %s\n", r.Daemon.Version, r.Daemon.PID,
+		time.Duration(r.Daemon.UptimeSeconds*float64(time.Second)).Round(time.Second), r.Daemon.Net)
+	d := r.Device
+	fmt.Fprintf(&b, "device     %s, %d queue pairs, MTU %d, zero-copy: %s\n", strings.TrimSpace(d.Kind+" "+d.Name), d.Pairs, d.MTU, d.ZeroCopy)
+	if r.Connected {
+		fmt.Fprintf(&b, "front-end  connected, %d regions of guest memory, %s\n", r.MemoryRegions, binary(r.MemoryBytes))
+		fmt.Fprintf(&b, "features   %s\n", strings.Join(r.Features, " "))
+	} else {
+		fmt.Fprintf(&b, "front-end  not connected: waiting on %s\n", r.Daemon.Socket)
+	}
+	fmt.Fprintf(&b, "so far     %d sessions, %d faults of front-ends, %d of guests\n", r.Sessions, r.FrontEndErrors, r.GuestErrors)
+	return b.String()
+}
+
+func printOutcomes(w io.Writer, queues []backend.QueueStats) {
+	fmt.Fprint(w, "QUEUE\t")
+	for o := range zerocopy.NumOutcomes {
+		fmt.Fprintf(w, "%s\t", strings.ToUpper(o.String()))
+	}
+	fmt.Fprintln(w, "PENDING\tAT MOST\tLONGEST WAIT\tGIVEN UP\t")
+	for _, q := range queues {
+		if q.Direction != "FromGuest" {
+			continue
+		}
+		fmt.Fprintf(w, "%d\t", q.Index)
+		for o := range zerocopy.NumOutcomes {
+			fmt.Fprintf(w, "%d\t", q.Outcomes[o.String()])
+		}
+		fmt.Fprintf(w, "%d\t%d\t%v\t%d\t\n", q.Pending, q.MaxPending, time.Duration(q.MaxWaitNs), q.GivenUp)
+	}
+}
+
+func printTrouble(w io.Writer, queues []backend.QueueStats) {
+	fmt.Fprintln(w, "QUEUE\tMALFORMED\tINVALID\tTOO BIG\tNO ROOM\tSEND DROPPED\tRECV DROPPED\tNOTIFY ERRORS\t")
+	for _, q := range queues {
+		fmt.Fprintf(w, "%d\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t\n",
+			q.Index, q.Malformed, q.Invalid, q.TooBig, q.NoRoom, q.SendDropped, q.RecvDropped, q.NotifyErrors)
+	}
+}
+
+func state(q backend.QueueStats) string {
+	switch {
+	case q.Broken != "":
+		return "broken"
+	case !q.Started:
+		return "stopped"
+	case !q.Enabled:
+		return "disabled"
+	}
+	return "running"
+}
+
+// rates are those of queue i since before, "-" if that cannot be told: another daemon, or none before.
+func rates(now report, before *report, i int) (frames, bits string) {
+	if before == nil || before.Daemon.PID != now.Daemon.PID || i >= len(before.Queues) {
+		return "-", "-"
+	}
+	seconds := now.Daemon.UptimeSeconds - before.Daemon.UptimeSeconds
+	a, b := before.Queues[i], now.Queues[i]
+	if seconds <= 0 || b.Frames < a.Frames || b.Bytes < a.Bytes {
+		return "-", "-"
+	}
+	return decimal(float64(b.Frames-a.Frames) / seconds), decimal(float64(b.Bytes-a.Bytes) * 8 / seconds)
+}
+
+// decimal writes a rate with a decimal prefix: 1.3M.
+func decimal(v float64) string { return scaled(v, 1000, "kMGTPE", "") }
+
+// binary writes a number of bytes with a binary prefix: 1.5GiB.
+func binary(n uint64) string { return scaled(float64(n), 1024, "KMGTPE", "iB") }
+
+func scaled(v, base float64, prefixes, unit string) string {
+	if v < base {
+		return fmt.Sprintf("%.0f%s", v, strings.TrimPrefix(unit, "i"))
+	}
+	i := -1
+	for v >= base && i < len(prefixes)-1 {
+		v /= base
+		i++
+	}
+	return fmt.Sprintf("%.1f%c%s", v, prefixes[i], unit)
+}
