@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 
 	"golang.org/x/sys/unix"
 )
@@ -55,6 +56,25 @@ func (e *EventFD) Drain() bool {
 			return true
 		default:
 			panic(fmt.Sprintf("bug: draining eventfd %d: %v", e.fd, err))
+		}
+	}
+}
+
+// Block fills the counter, so that the descriptor cannot be written until the next Drain: the other side of Signal, for somebody who
+// polls it for writing. No Signal may come meanwhile.
+func (e *EventFD) Block() {
+	var full [8]byte
+	binary.NativeEndian.PutUint64(full[:], math.MaxUint64-1)
+	for {
+		_, err := unix.Write(e.fd, full[:])
+		switch {
+		case err == nil:
+			return
+		case errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.EAGAIN): // not empty: it is full already, or will be
+			e.Drain()
+		default:
+			panic(fmt.Sprintf("bug: blocking eventfd %d: %v", e.fd, err))
 		}
 	}
 }

@@ -80,3 +80,33 @@ func TestEventFDAllocatesNothing(t *testing.T) {
 		t.Fatalf("%v allocations per signal", n)
 	}
 }
+
+func TestEventFDBlockUntilDrain(t *testing.T) {
+	e, err := NewEventFD()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	for range 3 {
+		if !writable(t, e.FD()) {
+			t.Fatal("not writable before Block")
+		}
+		e.Block()
+		e.Block()
+		if writable(t, e.FD()) {
+			t.Fatal("writable after Block")
+		}
+		if !e.Drain() {
+			t.Fatal("Drain found nothing")
+		}
+	}
+}
+
+func writable(t *testing.T, fd int) bool {
+	t.Helper()
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+	if _, err := unix.Poll(fds, 0); err != nil {
+		t.Fatal(err)
+	}
+	return fds[0].Revents&unix.POLLOUT != 0
+}
