@@ -71,6 +71,10 @@ type Queue interface {
 // from the transmitq's side when the pages are wanted back.
 type Orphaner interface{ Orphan() }
 
+// Holder is a Queue that may keep parts of a frame which Send has taken because the host had no more room: as long as Held, SendFD is polled
+// for writing although every frame was taken, and Reap tries again. It is called from the transmitq's side.
+type Holder interface{ Held() bool }
+
 // Counters are what a device counts by itself, in frames.
 type Counters struct {
 	SendDropped uint64 // taken by Send and not sent: the host refused them
