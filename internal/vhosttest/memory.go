@@ -1,0 +1,188 @@
+package vhosttest
+
+import (
+	"fmt"
+	"os"
+	"sync/atomic"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/guestmem"
+	"github.com/vhostd/vhostd/vhostuser"
+)
+
+const page = 4096
+
+// RegionSpec is a region of RAM to be.
+type RegionSpec struct {
+	GPA    guestmem.GPA
+	Size   uint64 // bytes
+	Offset uint64 // in its memory file; any number of bytes
+}
+
+// Region is a region of RAM: a memory file of its own, mapped.
+type Region struct {
+	vhostuser.MemoryRegion        // as the front-end tells it
+	FD                     int    // of the memory file
+	Mem                    []byte // Size bytes
+	whole                  []byte
+	used                   uint64 // bytes that are allocated
+}
+
+// Memory is the guest's RAM.
+type Memory struct {
+	Regions []*Region
+	turn    int
+}
+
+// regionCount numbers the regions of all guests, so that each has user addresses of its own.
+var regionCount atomic.Uint64
+
+func newMemory(t testing.TB, specs []RegionSpec) *Memory {
+	t.Helper()
+	m := &Memory{}
+	t.Cleanup(m.close)
+	for _, s := range specs {
+		m.Regions = append(m.Regions, NewRegion(t, s))
+	}
+	return m
+}
+
+// NewRegion makes a region that is no part of any Memory yet; see Memory.Add. The test closes it, unless a Memory does.
+func NewRegion(t testing.TB, s RegionSpec) *Region {
+	t.Helper()
+	fd, err := unix.MemfdCreate(memfdName, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		t.Fatalf("memfd_create: %v", err)
+	}
+	n := s.Offset + s.Size
+	if err := unix.Ftruncate(fd, int64(n)); err != nil {
+		t.Fatalf("size of the memory file: %v", err)
+	}
+	b, err := unix.Mmap(fd, 0, int(n), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE)
+	if err != nil {
+		t.Fatalf("mmap of the memory file: %v", err)
+	}
+	return &Region{
+		MemoryRegion: vhostuser.MemoryRegion{
+			GuestAddr: uint64(s.GPA), Size: s.Size, UserAddr: 0x5500_0000_0000 + regionCount.Add(1)<<34, MmapOffset: s.Offset,
+		},
+		FD: fd, Mem: b[s.Offset:n:n], whole: b,
+	}
+}
+
+// Close unmaps the region and closes its file, for one that no Memory holds. A second call does nothing.
+func (r *Region) Close() {
+	if r.whole == nil {
+		return
+	}
+	_ = unix.Munmap(r.whole)
+	_ = unix.Close(r.FD)
+	r.Mem, r.whole = nil, nil
+}
+
+// Truncate cuts the region's memory file down to n bytes of the region. Pages behind that fault, for the guest as well.
+func (r *Region) Truncate(n uint64) error {
+	return unix.Ftruncate(r.FD, int64(r.MmapOffset+n))
+}
+
+func (m *Memory) close() {
+	for _, r := range m.Regions {
+		r.Close()
+	}
+}
+
+// Add makes r part of the guest's memory, on the guest's side: the front-end's ADD_MEM_REG is the caller's.
+func (m *Memory) Add(r *Region) { m.Regions = append(m.Regions, r) }
+
+// Remove is the opposite of Add. The region stays open.
+func (m *Memory) Remove(r *Region) {
+	for i, o := range m.Regions {
+		if o == r {
+			m.Regions = append(m.Regions[:i:i], m.Regions[i+1:]...)
+			return
+		}
+	}
+}
+
+// find returns the region that n bytes at a lie in.
+func (m *Memory) find(a guestmem.GPA, n int) *Region {
+	for _, r := range m.Regions {
+		if off := uint64(a) - r.GuestAddr; off < r.Size && uint64(n) <= r.Size-off {
+			return r
+		}
+	}
+	return nil
+}
+
+// At is the n bytes of guest memory at a. It panics when they are not within one region.
+func (m *Memory) At(a guestmem.GPA, n int) []byte {
+	r := m.find(a, n)
+	if r == nil {
+		panic(fmt.Sprintf("%d bytes at guest address %#x are not within one region", n, uint64(a)))
+	}
+	off := uint64(a) - r.GuestAddr
+	return r.Mem[off : off+uint64(n) : off+uint64(n)]
+}
+
+// User is the front-end's address of the guest's address a.
+func (m *Memory) User(a guestmem.GPA) uint64 {
+	r := m.find(a, 1)
+	if r == nil {
+		panic(fmt.Sprintf("guest address %#x is in no region", uint64(a)))
+	}
+	return r.UserAddr + uint64(a) - r.GuestAddr
+}
+
+// Alloc takes n bytes, aligned, from one region after the other: neighbours in use are seldom neighbours in memory. It panics when
+// there is no room.
+func (m *Memory) Alloc(n, align int) guestmem.GPA {
+	for range m.Regions {
+		r := m.Regions[m.turn%len(m.Regions)]
+		m.turn++
+		if a, ok := r.Alloc(n, align); ok {
+			return a
+		}
+	}
+	panic(fmt.Sprintf("no room for %d bytes in guest memory", n))
+}
+
+// Alloc takes n bytes, aligned, from the region.
+func (r *Region) Alloc(n, align int) (guestmem.GPA, bool) {
+	at := (r.used + uint64(align) - 1) &^ (uint64(align) - 1)
+	if at+uint64(n) > r.Size {
+		return 0, false
+	}
+	r.used = at + uint64(n)
+	return guestmem.GPA(r.GuestAddr + at), true
+}
+
+// table is what SET_MEM_TABLE sends.
+func (m *Memory) table() (regions []vhostuser.MemoryRegion, fds []int) {
+	for _, r := range m.Regions {
+		regions = append(regions, r.MemoryRegion)
+		fds = append(fds, r.FD)
+	}
+	return regions, fds
+}
+
+// Mappings is how often the process maps r, its own mapping left out.
+func (r *Region) Mappings(t testing.TB) int {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Fstat(r.FD, &st); err != nil {
+		t.Fatalf("fstat of the memory file: %v", err)
+	}
+	return countMappings(t, st.Ino) - 1
+}
+
+// own is the test process's view of itself.
+func own(t testing.TB, name string) []byte {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
