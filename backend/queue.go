@@ -371,10 +371,8 @@ func (q *queue) setTable(t *guestmem.Table) error {
 	}
 	desc, avail, used, err := parts(t, *q.setup.addr, q.setup.size)
 	if err == nil {
-		err = guard(func() {
-			q.recall()
-			err = q.ring.Rebind(desc, avail, used)
-		})
+		q.recall()
+		err = q.ring.Rebind(desc, avail, used)
 	}
 	if err != nil {
 		err = fmt.Errorf("queue %d: %w", q.index, err)

@@ -166,7 +166,7 @@ func (s *session) ResetDevice() error {
 		if err := q.stop(); err != nil {
 			return vhostuser.Fatal(err)
 		}
-		q.enabled = false
+		q.enabled, q.broken = false, nil
 		q.setup = ringSetup{}
 	}
 	s.features.Store(0)
@@ -210,6 +210,7 @@ func (s *session) SetStatus(status uint8) error {
 	for _, q := range s.queues {
 		q.lock()
 		err := q.stop()
+		q.broken = nil // what the guest did wrong ends with the reset
 		q.unlock()
 		if err != nil {
 			return vhostuser.Fatal(err)

@@ -71,7 +71,7 @@ func (q *queue) turn(arm bool) (next step) {
 		} else {
 			next = q.receive(arm)
 		}
-		if next != again || q.attention.Load() {
+		if next != again || q.broken != nil || q.attention.Load() {
 			return next
 		}
 	}
