@@ -3,10 +3,10 @@ package vring
 import (
 	"math"
 	"strings"
-	"sync/atomic"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/guestmem"
 	"github.com/vhostd/vhostd/internal/shm"
@@ -207,14 +207,60 @@ func TestG05Buffers(t *testing.T) {
 		}
 	}
 	t.Run("total above 2^32", func(t *testing.T) {
-		r := newRig(t, 16384, 0)
-		for i := range r.drv.RawDesc() {
-			r.drv.RawDesc()[i] = r.desc(0, dataSize, next, uint16(i+1))
+		r := newRig(t, 16, 0)
+		big := addBigRegion(t, r)
+		const gib = 1 << 30
+		descs := make([]virtio.Desc, 4)
+		for i := range descs {
+			descs[i] = virtio.Desc{Addr: big, Len: gib, Flags: next, Next: uint16(i + 1)}
 		}
-		r.drv.RawDesc()[16383].Flags = 0
+		descs[3].Flags = 0
+		r.raw(descs...)
+		r.malformed(0)
+		descs[3].Len-- // 2^32 - 1 bytes in all
+		r.raw(descs...)
+		if c := r.pop(Popped); c.ReadLen != math.MaxUint32 {
+			t.Errorf("chain of %d bytes", c.ReadLen)
+		}
+	})
+	t.Run("more than MaxSegs", func(t *testing.T) {
+		r := newRig(t, 2*MaxSegs, 0)
+		for i := range uint16(MaxSegs + 1) {
+			r.drv.RawDesc()[i] = r.desc(0, 1, next, i+1)
+		}
+		r.drv.RawDesc()[MaxSegs].Flags = 0
 		r.rawHead(0)
 		r.malformed(0)
+		r.rawHead(1) // the same without its first
+		if c := r.pop(Popped); len(c.Segs) != MaxSegs {
+			t.Errorf("%d segments, want %d", len(c.Segs), MaxSegs)
+		}
 	})
+}
+
+// addBigRegion adds 1 GiB of guest memory to r's table, none of it ever touched, and returns its address.
+func addBigRegion(t *testing.T, r *rig) uint64 {
+	t.Helper()
+	const at, size = 1 << 40, 1 << 30
+	fd, err := unix.MemfdCreate("big", unix.MFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.Ftruncate(fd, size); err != nil {
+		t.Fatal(err)
+	}
+	region, err := guestmem.NewRegion(fd, 0, at, at, size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	table, err := guestmem.NewTable(append([]*guestmem.Region{region}, r.table.Regions()...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(table.Unpin)
+	r.dev.SetView(guestmem.NewView(table, nil))
+	return at
 }
 
 // TestG05BufferAcrossRegions: what is contiguous for the guest is a legal buffer, in as many segments as it takes.
@@ -245,73 +291,6 @@ func TestG06ReadableAfterWritable(t *testing.T) {
 			r.drv.RawTable(id)[1].Flags |= write
 		}
 		r.malformed(id)
-	}
-}
-
-// TestG08SingleFetch: a descriptor that changes all the time is still one descriptor to whoever pops it. The memory is not Go's, so
-// that the race detector lets the guest have its way.
-func TestG08SingleFetch(t *testing.T) {
-	r := newRig(t, 16, 0)
-	mapped, word := mapRing(t, r)
-	stop, done := make(chan struct{}), make(chan struct{})
-	defer func() { close(stop); <-done }()
-	go func() {
-		defer close(done)
-		word := &view[uint64](shm.Bytes(mapped.desc), 2)[1] // of descriptor 0: len, flags, next
-		set := func(n uint32, flags uint16) { atomic.StoreUint64(word, uint64(flags)<<32|uint64(n)) }
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-			}
-			for range 100 {
-				set(100, write)
-				set(50_000, 0)
-				set(100, write)
-				set(100, next)
-				set(math.MaxUint32, indirect)
-			}
-		}
-	}()
-	statuses := map[Status]int{}
-	c := Chain{Segs: make([]Seg, 0, 4)}
-	for range 200_000 {
-		mapped.heads[r.dev.Base()&15] = 0
-		storeIndex(word, r.dev.Base()+1)
-		s := r.dev.Pop(&c)
-		statuses[s]++
-		switch s {
-		case Popped:
-			consistent(t, &c)
-		case Broken: // descriptor 0 was seen with next = 0 for 16 reads in a row
-			r.dev.err = nil
-			continue
-		case Empty:
-			t.Fatal("empty")
-		}
-		r.put(0, 0)
-	}
-	t.Logf("%v", statuses)
-}
-
-// consistent checks that the sums of a chain are those of its segments, each of a length that was once in the descriptor.
-func consistent(t *testing.T, c *Chain) {
-	t.Helper()
-	var read, written int
-	for i, s := range c.Segs {
-		n := len(s.Mem)
-		if n != 100 && n != 50_000 {
-			t.Fatalf("segment of %d bytes, which never was", n)
-		}
-		if i < c.Readable {
-			read += n
-		} else {
-			written += n
-		}
-	}
-	if read != int(c.ReadLen) || written != int(c.WriteLen) {
-		t.Fatalf("a chain that never was: %+v", shapeOf(c))
 	}
 }
 

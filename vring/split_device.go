@@ -166,7 +166,10 @@ func (d *Device) add(c *Chain, desc virtio.Desc) bool {
 	if !write && len(c.Segs) > c.Readable {
 		return false // readable after writable (virtio-v1.2 §2.7.4.2)
 	}
-	if !d.addMem(c, guestmem.GPA(desc.Addr), desc.Len) {
+	a := guestmem.GPA(desc.Addr)
+	if mem := d.view.Hit(a, desc.Len); mem != nil && len(c.Segs) < MaxSegs {
+		c.Segs = append(c.Segs, Seg{Mem: mem, Addr: a})
+	} else if !d.addPieces(c, a, desc.Len) {
 		return false
 	}
 	if write {
@@ -178,15 +181,11 @@ func (d *Device) add(c *Chain, desc virtio.Desc) bool {
 	return true
 }
 
-// addMem translates n bytes at a, which are one segment unless they cross from one memory region into the next.
-func (d *Device) addMem(c *Chain, a guestmem.GPA, n uint32) bool {
-	if mem := d.view.Hit(a, n); mem != nil {
-		c.Segs = append(c.Segs, Seg{Mem: mem, Addr: a})
-		return true
-	}
+// addPieces translates n bytes at a, which are one segment unless they cross from one memory region into the next.
+func (d *Device) addPieces(c *Chain, a guestmem.GPA, n uint32) bool {
 	for n > 0 {
 		mem := d.view.Prefix(a, n)
-		if mem == nil || len(c.Segs) >= d.maxSegs() {
+		if mem == nil || len(c.Segs) >= MaxSegs {
 			return false
 		}
 		c.Segs = append(c.Segs, Seg{Mem: mem, Addr: a})
@@ -198,6 +197,3 @@ func (d *Device) addMem(c *Chain, a guestmem.GPA, n uint32) bool {
 
 // maxTable is the most descriptors an indirect table may have; see MaxIndirect.
 func (d *Device) maxTable() int { return max(d.Size(), MaxIndirect) }
-
-// maxSegs bounds the segments of a chain whose buffers keep crossing regions: twice what it has descriptors at most.
-func (d *Device) maxSegs() int { return 2 * (d.Size() + d.maxTable()) }

@@ -32,7 +32,7 @@
 //
 // The driver may write anything at any time. Every field is read once, into a local, and decided on there. Work per Pop is bounded:
 // a direct chain by the queue size, an indirect table by the larger of the queue size and MaxIndirect. A chain with a bad
-// buffer is Malformed and goes back to the driver; a ring whose structure makes no sense is Broken for good, and Err says why.
+// buffer, or with more than MaxSegs, is Malformed and goes back to the driver; a ring whose structure makes no sense is Broken for good, and Err says why.
 //
 // Neither end is safe for concurrent use; the two ends of one ring may of course run in two goroutines.
 package vring
@@ -43,6 +43,11 @@ import "github.com/vhostd/vhostd/virtio"
 // chain longer than the queue size (virtio-v1.2 §2.7.5.3.1), but Linux does for small queues. No driver goes beyond 1024 buffers,
 // the limit that QEMU has always had.
 const MaxIndirect = 1024
+
+// MaxSegs is the most segments of a chain; one that has more is Malformed. A device may have such a limit (virtio-v1.2 §2.7.4.1). This
+// one is IOV_MAX, so a chain always fits one system call; and it keeps a driver from making the host set memory aside for its
+// chains that it would never need.
+const MaxSegs = 1024
 
 // crossed reports whether an index that advanced by n to now has passed event, that is, whether the side that set event wants to
 // be notified (virtio-v1.2 §2.7.7.2, §2.7.10.1). An n of 1<<16 or more is always true: it went all the way round.
