@@ -95,8 +95,7 @@ func (r *rig) tcpArgs(a rpc.TCPArgs) {
 		a.Mode, a.Seed = way.mode, a.Seed+100
 		res, err := r.vm.TCP(r.ctx, a)
 		if err != nil {
-			r.t.Errorf("TCP %s: %v", way.name, err)
-			continue
+			r.t.Fatalf("TCP %s: %v", way.name, err)
 		}
 		r.logf("TCP %s via %s: %v", way.name, a.Addr, res)
 		r.checkServed(max(a.Streams, 1), a.Bytes)

@@ -38,8 +38,11 @@ func transfer(a rpc.TCPArgs) (stream.Result, error) {
 	return sum, errors.Join(errs...)
 }
 
+// dialTimeout is for a connection on an idle link.
+const dialTimeout = 30 * time.Second
+
 func transferOne(a rpc.TCPArgs, i, bytes uint64) (stream.Result, error) {
-	conn, err := net.DialTimeout("tcp", a.Addr, a.Timeout)
+	conn, err := net.DialTimeout("tcp", a.Addr, min(a.Timeout, dialTimeout))
 	if err != nil {
 		return stream.Result{}, err
 	}
@@ -48,8 +51,9 @@ func transferOne(a rpc.TCPArgs, i, bytes uint64) (stream.Result, error) {
 	return stream.Transfer(conn, stream.Header{Mode: a.Mode, Seed: a.Seed + i, Bytes: bytes})
 }
 
-// udpWindow is how many datagrams echo lets wait for their reply: fewer than any receive buffer on the way holds.
-const udpWindow = 16
+// udpWindow is how many datagrams echo lets wait for their reply: no more than a receive buffer holds, whose default is
+// 208 KiB with what the kernel itself needs for each.
+func udpWindow(size int) uint64 { return uint64(max(1, min(16, 48<<10/size))) }
 
 func echo(a rpc.UDPArgs) (stream.EchoCounters, error) {
 	conn, err := net.Dial("udp", a.Addr)
@@ -64,7 +68,7 @@ func echo(a rpc.UDPArgs) (stream.EchoCounters, error) {
 	wg.Go(e.Receive)
 	for range a.Count {
 		e.Send()
-		waitReplies(e, udpWindow, time.Second)
+		waitReplies(e, udpWindow(a.Size)-1, time.Second)
 	}
 	waitReplies(e, 0, a.Timeout)
 	err = conn.Close()

@@ -49,12 +49,14 @@ func ResourcesOf(pid int) (Resources, error) {
 	return r, errors.Join(err, err2)
 }
 
-// kind drops what differs between two files of one sort: "socket:[123]" is a "socket".
+// kind drops what differs between two files of one sort: "socket:[123]" is a "socket", "anon_inode:[eventfd]" an
+// "eventfd".
 func kind(target string) string {
-	if before, _, ok := strings.Cut(target, ":["); ok {
-		return before
+	if name, ok := strings.CutPrefix(target, "anon_inode:"); ok {
+		return strings.Trim(name, "[]")
 	}
-	return strings.TrimPrefix(target, "anon_inode:")
+	before, _, _ := strings.Cut(target, ":[")
+	return before
 }
 
 // Goroutines asks vhostd's metrics how many goroutines there are.
