@@ -1,10 +1,14 @@
 package main
 
 import (
+	"fmt"
+	"strconv"
 	"strings"
 
 	"github.com/vhostd/vhostd/netdev"
+	"github.com/vhostd/vhostd/netdev/null"
 	"github.com/vhostd/vhostd/netdev/tap"
+	"github.com/vhostd/vhostd/netdev/user"
 )
 
 // kind is one thing that --net can name.
@@ -12,51 +16,79 @@ type kind struct {
 	name string
 	form string // how it is written, for people
 	what string
-	open func(spec string, s settings) (netdev.Device, error)
+	open func(spec string, s *settings) (netdev.Device, error) // settles what --net says of other settings
 }
 
 // kinds are all that there are; the first is the default.
 var kinds = []kind{
-	{"tap", "tap:NAME[,queues=N][,bridge=BR][,mtu=BYTES]...", "a tap of the host, made if there is none", openTap},
+	{"user", "user[,hostfwd=...][,mtu=BYTES][,restrict=on]...", "a network of its own behind the host's sockets, which needs no privilege (the default)", openUser},
+	{"tap", "tap[:NAME][,bridge=BR][,mtu=BYTES][,fd=N][,macvtap=DEV]...", "an interface of the host, made if there is none", openTap},
+	{"null", "null[,generate=on][,size=BYTES][,count=N][,readheaders=on]", "no network: drops, and makes frames if asked to, for measurements", openNull},
 }
 
-const hostfwdUsage = "forward a port of the host to the guest (--net user), tcp|udp:[ADDRESS]:PORT-[ADDRESS]:PORT; may be repeated"
+const hostfwdUsage = "with --net user, forward a port of the host to the guest: `tcp|udp:[ADDR]:PORT-[ADDR]:PORT`; may be repeated"
 
-func kindsUsage() string {
-	var forms []string
+func kindNames() string {
+	var names []string
 	for _, k := range kinds {
-		forms = append(forms, k.form)
+		names = append(names, k.name)
 	}
-	return strings.Join(forms, " | ")
+	return strings.Join(names, ", ")
+}
+
+// kindsHelp describes the kinds for people.
+func kindsHelp() string {
+	b := strings.Builder{}
+	for _, k := range kinds {
+		fmt.Fprintf(&b, "  --net %s\n        %s\n", k.form, k.what)
+	}
+	return b.String()
 }
 
 // openDevice opens the device that --net names.
-func openDevice(s settings) (netdev.Device, error) {
-	name, _, _ := strings.Cut(s.net, ":")
-	if before, _, ok := strings.Cut(name, ","); ok {
-		name = before
+func openDevice(s *settings) (netdev.Device, error) {
+	name, _, _ := strings.Cut(s.net, ",")
+	name, _, _ = strings.Cut(name, ":")
+	if len(s.hostfwd) > 0 && name != "user" {
+		return nil, usagef("--hostfwd is for --net user; behind %s the guest has addresses of its own", name)
 	}
 	for _, k := range kinds {
 		if k.name == name {
 			return k.open(s.net, s)
 		}
 	}
-	var names []string
-	for _, k := range kinds {
-		names = append(names, k.name)
-	}
-	return nil, usagef("--net %q: unknown kind %q, known are %s", s.net, name, strings.Join(names, ", "))
+	return nil, usagef("--net %q: unknown kind %q, known are %s", s.net, name, kindNames())
 }
 
-func openTap(spec string, s settings) (netdev.Device, error) {
+// openUser lets the options of --net have the last word over --mtu. One queue pair will do for most guests.
+func openUser(spec string, s *settings) (netdev.Device, error) {
+	parts := []string{"user"}
+	if s.mtu != 0 {
+		parts = append(parts, fmt.Sprintf("mtu=%d", s.mtu))
+	}
+	if spec = strings.TrimLeft(strings.TrimPrefix(spec, "user"), ":,"); spec != "" {
+		parts = append(parts, spec)
+	}
+	for _, f := range s.hostfwd {
+		parts = append(parts, "hostfwd="+f)
+	}
+	o, err := user.ParseOptions(strings.Join(parts, ","))
+	if err != nil {
+		return nil, &usageError{err}
+	}
+	s.queues = max(s.queues, 1)
+	return user.Open(o)
+}
+
+func openTap(spec string, s *settings) (netdev.Device, error) {
 	o, err := tap.ParseOptions(spec)
 	if err != nil {
 		return nil, &usageError{err}
 	}
 	switch {
-	case s.queues == 0 || o.Queues == s.queues:
-	case o.Queues != 0 || len(o.FDs) > 0 && len(o.FDs) != s.queues:
-		return nil, usagef("--queues %d contradicts --net %q", s.queues, spec)
+	case s.queues == 0 || o.Queues == s.queues || len(o.FDs) == s.queues:
+	case o.Queues != 0 || len(o.FDs) > 0:
+		return nil, usagef("--queues %d contradicts --net %q, which has %d", s.queues, spec, max(o.Queues, len(o.FDs)))
 	default:
 		o.Queues = s.queues
 	}
@@ -64,4 +96,43 @@ func openTap(spec string, s settings) (netdev.Device, error) {
 		o.MTU = s.mtu
 	}
 	return tap.Open(o)
+}
+
+func openNull(spec string, s *settings) (netdev.Device, error) {
+	o := null.Options{Pairs: s.queues}
+	for part := range strings.SplitSeq(strings.TrimLeft(strings.TrimPrefix(spec, "null"), ":,"), ",") {
+		key, value, _ := strings.Cut(part, "=")
+		var err error
+		switch key {
+		case "":
+		case "generate":
+			o.Generate, err = onOff(value)
+		case "readheaders":
+			o.ReadHeaders, err = onOff(value)
+		case "size":
+			o.Size, err = strconv.Atoi(value)
+		case "count":
+			o.Count, err = strconv.ParseUint(value, 10, 64)
+		default:
+			err = fmt.Errorf("unknown option, known are generate, size, count and readheaders")
+		}
+		if err != nil {
+			return nil, usagef("--net %q: %s: %w", spec, part, err)
+		}
+	}
+	d, err := null.New(o)
+	if err != nil {
+		return nil, usagef("--net %q: %w", spec, err)
+	}
+	return d, nil
+}
+
+func onOff(s string) (bool, error) {
+	switch s {
+	case "on":
+		return true, nil
+	case "off":
+		return false, nil
+	}
+	return false, fmt.Errorf("want on or off")
 }

@@ -145,8 +145,11 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		for _, m := range queueMetrics {
 			ch <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(q), index, q.Direction)
 		}
-		for outcome, n := range q.Outcomes {
-			ch <- prometheus.MustNewConstMetric(outcomeDesc, prometheus.CounterValue, float64(n), index, q.Direction, outcome)
+		if q.Direction != fromGuest {
+			continue
+		}
+		for _, o := range outcomes {
+			ch <- prometheus.MustNewConstMetric(outcomeDesc, prometheus.CounterValue, float64(q.Outcomes[o]), index, q.Direction, o)
 		}
 	}
 }

@@ -28,7 +28,11 @@ func newRun() *cobra.Command {
 
 vhostd stays in the foreground and writes its log to the standard error. It waits for a VMM on the vhost-user socket, and for the
 next one when that goes away: a reboot of the guest or a restart of the VMM needs no restart of vhostd. SIGTERM, SIGINT
-and SIGHUP end it cleanly; a second one ends it at once.`,
+and SIGHUP end it cleanly; a second one ends it at once.
+
+The guest's frames go to one of these networks:
+
+` + kindsHelp(),
 		Example: `  vhostd run --socket-path /tmp/vm1.sock
   vhostd run --socket-path /tmp/vm1.sock --hostfwd tcp:127.0.0.1:2222-:22
   vhostd run --socket-path /run/vm1.sock --net tap:vnet0,bridge=br0 --queues 4`,
@@ -72,7 +76,7 @@ func serve(s settings, stdout io.Writer, log *slog.Logger) (err error) {
 	signal.Ignore(syscall.SIGPIPE) // a reader of the log that goes away must not take the guest's network with it
 	ctx, cancel := untilSignal(log)
 	defer cancel()
-	dev, err := openDevice(s)
+	dev, err := openDevice(&s)
 	if err != nil {
 		return err
 	}
@@ -88,7 +92,7 @@ func serve(s settings, stdout io.Writer, log *slog.Logger) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, src.Close()) }()
-	closeDoors, err := openDoors(s, src.path, reporter(be, s, src.path), log)
+	closeDoors, err := openDoors(s, src.path, reporter(be, dev, s, src.path), log)
 	if err != nil {
 		return err
 	}

@@ -47,11 +47,11 @@ func (f *flags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.socketGroup, "socket-group", "", "`group` of the socket, by name or number")
 	fs.BoolVar(&f.printCapabilities, "print-capabilities", false, "print what this back-end is, as JSON, and exit")
 
-	fs.StringVar(&f.net, "net", "user", "what the guest's frames go to: "+kindsUsage())
+	fs.StringVar(&f.net, "net", "user", "`network` of the guest: "+kindNames()+", see above")
 	fs.StringArrayVar(&f.hostfwd, "hostfwd", nil, hostfwdUsage)
 	fs.StringVar(&f.mac, "mac", "", "MAC `address` to offer to the guest (default: the VMM chooses)")
 	fs.IntVar(&f.mtu, "mtu", 0, "MTU in `bytes` to offer to the guest; a tap gets it as well (default: the device's)")
-	fs.IntVar(&f.queues, "queues", 0, "queue pairs, `N` (default: what the device has)")
+	fs.IntVar(&f.queues, "queues", 0, "queue pairs to offer, `N` (default: 1, or what --net says)")
 	fs.DurationVar(&f.poll, "poll", backend.DefaultPoll, "longest busy wait before sleeping; tunes itself below that; 0 for none")
 	fs.StringVar(&f.disable, "disable-features", "", "virtio features not to offer, a `list` like MRG_RXBUF,EVENT_IDX")
 

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/vhostd/vhostd/backend"
-	"github.com/vhostd/vhostd/zerocopy"
 )
 
 // printReport prints for people. before is an earlier report to make rates from, or nil.
@@ -55,23 +54,30 @@ func summary(r report) string {
 	} else {
 		fmt.Fprintf(&b, "front-end  not connected: waiting on %s\n", r.Daemon.Socket)
 	}
+	if u := r.User; u != nil {
+		fmt.Fprintf(&b, "network    %d TCP connections (%d so far), %d UDP flows, %d pings, %d leases\n",
+			u.Connections, u.ConnectionsTotal, u.UDPFlows, u.Pings, u.Leases)
+		for _, f := range u.Forwards {
+			fmt.Fprintf(&b, "forward    %s %s to %s, %d active (%d so far)\n", f.Proto, f.Host, f.Guest, f.Active, f.Total)
+		}
+	}
 	fmt.Fprintf(&b, "so far     %d sessions, %d faults of front-ends, %d of guests\n", r.Sessions, r.FrontEndErrors, r.GuestErrors)
 	return b.String()
 }
 
 func printOutcomes(w io.Writer, queues []backend.QueueStats) {
 	fmt.Fprint(w, "QUEUE\t")
-	for o := range zerocopy.NumOutcomes {
-		fmt.Fprintf(w, "%s\t", strings.ToUpper(o.String()))
+	for _, o := range outcomes {
+		fmt.Fprintf(w, "%s\t", strings.ToUpper(strings.ReplaceAll(o, "_", " ")))
 	}
 	fmt.Fprintln(w, "PENDING\tAT MOST\tLONGEST WAIT\tGIVEN UP\t")
 	for _, q := range queues {
-		if q.Direction != "FromGuest" {
+		if q.Direction != fromGuest {
 			continue
 		}
 		fmt.Fprintf(w, "%d\t", q.Index)
-		for o := range zerocopy.NumOutcomes {
-			fmt.Fprintf(w, "%d\t", q.Outcomes[o.String()])
+		for _, o := range outcomes {
+			fmt.Fprintf(w, "%d\t", q.Outcomes[o])
 		}
 		fmt.Fprintf(w, "%d\t%d\t%v\t%d\t\n", q.Pending, q.MaxPending, time.Duration(q.MaxWaitNs), q.GivenUp)
 	}
