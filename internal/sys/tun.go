@@ -44,7 +44,7 @@ func tunIfreq(name string) (*unix.Ifreq, error) {
 }
 
 // TunGetIff returns the name and the flags of the interface that fd is a queue of. It fails with EBADFD when there is none, or no longer, and
-// with ENOTTY when fd is something else.
+// with ENOTTY when fd is something else. TunNoPI is not among them: the bit stands for the absence of a filter here.
 func TunGetIff(fd int) (name string, flags uint16, err error) {
 	var ifr unix.Ifreq
 	if err := unix.IoctlIfreq(fd, unix.TUNGETIFF, &ifr); err != nil {

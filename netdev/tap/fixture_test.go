@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -332,4 +333,23 @@ const (
 func negotiate(t testing.TB, d *Device, f virtio.Features) {
 	t.Helper()
 	must(t, d.SetOffloads(offload.ToGuest(f)))
+}
+
+func skipTap(t testing.TB, format string, args ...any) {
+	t.Helper()
+	require.Skip(t, "tap", format, args...)
+}
+
+// openMacvtapOrSkip skips the test where another namespace's interface has the node, which is named by nothing but an index.
+func openMacvtapOrSkip(t testing.TB, s string) *Device {
+	t.Helper()
+	o, err := ParseOptions(s)
+	must(t, err)
+	d, err := Open(o)
+	if err != nil && strings.Contains(err.Error(), "in another network namespace") {
+		skipTap(t, "%v", err)
+	}
+	must(t, err)
+	t.Cleanup(func() { d.Close() })
+	return d
 }

@@ -11,6 +11,9 @@ import (
 	"github.com/vhostd/vhostd/internal/sys"
 )
 
+// txQueueLen is the kernel's default length of a tap's queue, in frames.
+const txQueueLen = 1000
+
 // configure brings the interface into the state that o asks for and returns its MTU in bytes, 0 when that is unknown. What is already
 // as it should be is not touched, so that an interface prepared by an administrator needs no privilege.
 func configure(d *Device, o *Options) (mtu int, err error) {
@@ -21,7 +24,11 @@ func configure(d *Device, o *Options) (mtu int, err error) {
 		}
 		return 0, nil
 	}
-	c := config{dev: d, link: link, err: nil}
+	if tun, ok := link.(*netlink.Tuntap); ok && tun.Flags&netlink.TUNTAP_NO_PI == 0 {
+		// TUNGETIFF does not tell: it has another meaning for the bit.
+		return 0, fmt.Errorf("%s: it puts packet information in front of frames: whoever opens it must use IFF_NO_PI", d)
+	}
+	c := config{dev: d, link: link}
 	if o.MAC != nil && !bytes.Equal(link.Attrs().HardwareAddr, o.MAC) {
 		c.set("address "+o.MAC.String(), netlink.LinkSetHardwareAddr(link, o.MAC))
 	}
@@ -29,6 +36,10 @@ func configure(d *Device, o *Options) (mtu int, err error) {
 	if o.MTU != 0 && mtu != o.MTU {
 		c.set(fmt.Sprintf("mtu %d", o.MTU), netlink.LinkSetMTU(link, o.MTU))
 		mtu = o.MTU
+	}
+	if link.Attrs().TxQLen == 0 {
+		// It is the length of the queue to the guest: with 0 the kernel drops every frame.
+		c.set(fmt.Sprintf("txqueuelen %d", txQueueLen), netlink.LinkSetTxQLen(link, txQueueLen))
 	}
 	if o.Bridge != "" {
 		c.attach(o.Bridge)

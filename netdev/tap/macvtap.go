@@ -1,8 +1,8 @@
 package tap
 
 import (
+	"bytes"
 	"fmt"
-	"os"
 	"strconv"
 	"strings"
 
@@ -13,8 +13,8 @@ import (
 )
 
 // openMacvtap opens the macvtap of a device node or interface name n times: each is a queue of its own.
-func openMacvtap(node string, n int) (*Device, error) {
-	node, err := macvtapNode(node)
+func openMacvtap(s string, n int) (*Device, error) {
+	node, link, err := macvtapNode(s)
 	if err != nil {
 		return nil, err
 	}
@@ -36,54 +36,51 @@ func openMacvtap(node string, n int) (*Device, error) {
 		}
 	}
 	d.mark()
+	if err := d.checkNode(node, link); err != nil {
+		d.Close()
+		return nil, err
+	}
 	return d, nil
 }
 
-// macvtapNode returns the device node of a macvtap interface: /dev/tap and the interface's index.
-func macvtapNode(s string) (string, error) {
+// macvtapNode returns the device node of a macvtap interface: /dev/tap and the interface's index. link is nil if s is a node already.
+func macvtapNode(s string) (node string, link netlink.Link, err error) {
 	if strings.HasPrefix(s, "/") {
-		return s, nil
+		return s, nil, nil
 	}
-	link, err := netlink.LinkByName(s)
+	link, err = netlink.LinkByName(s)
 	if err != nil {
-		return "", fmt.Errorf("macvtap %s: %w: create it with `ip link add %s link DEVICE type macvtap mode bridge`", s, err, s)
+		return "", nil, fmt.Errorf("macvtap %s: %w: create it with `ip link add %s link DEVICE type macvtap mode bridge`", s, err, s)
 	}
 	if t := link.Type(); t != "macvtap" && t != "ipvtap" {
-		return "", fmt.Errorf("macvtap %s: the interface is a %s: use one of type macvtap", s, t)
+		return "", nil, fmt.Errorf("macvtap %s: the interface is a %s: use one of type macvtap", s, t)
 	}
-	index := link.Attrs().Index
-	node := "/dev/tap" + strconv.Itoa(index)
-	return node, checkNode(s, node, index)
+	return "/dev/tap" + strconv.Itoa(link.Attrs().Index), link, nil
 }
 
-// checkNode compares the device number of a node with the one that the interface has: interfaces of two network namespaces can have
-// the same index, and only one of them gets the node.
-func checkNode(name, node string, index int) error {
-	b, err := os.ReadFile(fmt.Sprintf("/sys/class/net/%s/tap%d/dev", name, index))
+// checkNode makes sure that the node is that of link: interfaces of two network namespaces can have the same index, but only one of
+// them gets the node that is named after it.
+func (d *Device) checkNode(node string, link netlink.Link) error {
+	if link == nil {
+		return nil
+	}
+	mac, err := sys.TunHardwareAddr(d.queues[0].fd)
 	if err != nil {
-		return nil // this sysfs is another namespace's: there is nothing to compare with
+		return fmt.Errorf("%s: its address: %w", d, err)
 	}
-	want := strings.TrimSpace(string(b))
-	major, minor, _ := strings.Cut(want, ":")
-	var st unix.Stat_t
-	if err := unix.Stat(node, &st); err != nil {
-		return fmt.Errorf("macvtap %s: %s: %w: make it with `mknod %s c %s %s`", name, node, err, node, major, minor)
-	}
-	if got := fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)); got != want {
-		return fmt.Errorf("macvtap %s: %s is device %s, the interface's is %s: make another node with `mknod PATH c %s %s` and pass macvtap=PATH",
-			name, node, got, want, major, minor)
+	a := link.Attrs()
+	if d.name != a.Name || !bytes.Equal(mac, a.HardwareAddr) {
+		return fmt.Errorf("macvtap %s: %s belongs to %s with address %v in another network namespace: make a node for this one with "+
+			"`mknod PATH c NUMBERS` (they are in /sys/class/net/%s/tap%d/dev) and pass macvtap=PATH", a.Name, node, d.name, mac, a.Name, a.Index)
 	}
 	return nil
 }
 
 // isMacvtapFD reports whether fd is a macvtap's node, not the one that all taps are made from.
 func isMacvtapFD(fd int) bool {
-	var st, tun unix.Stat_t
+	var st unix.Stat_t
 	if unix.Fstat(fd, &st) != nil {
 		return false
-	}
-	if unix.Stat(sys.TunPath, &tun) == nil {
-		return st.Rdev != tun.Rdev
 	}
 	const miscMajor, tunMinor = 10, 200
 	return unix.Major(st.Rdev) != miscMajor || unix.Minor(st.Rdev) != tunMinor

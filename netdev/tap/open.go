@@ -122,8 +122,6 @@ func inherit(fds []int) (_ *Device, err error) {
 			return nil, fmt.Errorf("tap: descriptor %d: %w: %s", fd, err, explainFD(err))
 		case flags&sys.TunTap == 0:
 			return nil, fmt.Errorf("tap: descriptor %d is a tun (%s), which carries no Ethernet frames: pass a tap's", fd, name)
-		case flags&sys.TunNoPI == 0:
-			return nil, fmt.Errorf("tap: descriptor %d (%s) puts packet information before frames: open it with IFF_NO_PI", fd, name)
 		case i > 0 && name != d.name:
 			return nil, fmt.Errorf("tap: descriptor %d is a queue of %s, the first one of %s: all must be of one interface", fd, name, d.name)
 		case flags&sys.TunVnetHdr == 0 && i > 0 && d.queues[0].hdr > 0, flags&sys.TunVnetHdr != 0 && i > 0 && d.queues[0].hdr == 0:
@@ -137,7 +135,9 @@ func inherit(fds []int) (_ *Device, err error) {
 			hdr = hdrSize
 		}
 		d.name, d.multi = name, flags&sys.TunMultiQueue != 0
-		d.queues = append(d.queues, newQueue(fd, hdr))
+		q := newQueue(fd, hdr)
+		q.detached = flags&unix.IFF_DETACH_QUEUE != 0
+		d.queues = append(d.queues, q)
 	}
 	d.macvtap = isMacvtapFD(fds[0])
 	d.multi = d.multi || d.macvtap

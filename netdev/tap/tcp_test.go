@@ -50,6 +50,7 @@ func dialTCP(t *testing.T, d *Device, f virtio.Features, v6 bool) *tcpGuest {
 	addr := &netlink.Addr{IPNet: &net.IPNet{IP: c.dst, Mask: net.CIDRMask(bits, 8*len(c.dst))}, Flags: unix.IFA_F_NODAD}
 	must(t, netlink.AddrAdd(link, addr))
 	must(t, netlink.NeighSet(&netlink.Neigh{LinkIndex: link.Attrs().Index, State: netlink.NUD_PERMANENT, IP: c.src, HardwareAddr: guestMAC}))
+	awaitLocal(t, c.dst)
 	negotiate(t, d, f)
 	l, err := net.ListenTCP("tcp", &net.TCPAddr{IP: c.dst, Port: hostPort})
 	must(t, err)
@@ -66,6 +67,20 @@ func dialTCP(t *testing.T, d *Device, f virtio.Features, v6 bool) *tcpGuest {
 	t.Cleanup(func() { c.conn.Close() })
 	must(t, c.conn.SetDeadline(time.Now().Add(testTimeout)))
 	return c
+}
+
+// awaitLocal waits until the kernel takes ip for an address of its own: with IPv6 that follows the link coming up at some distance.
+func awaitLocal(t *testing.T, ip net.IP) {
+	t.Helper()
+	for deadline := time.Now().Add(testTimeout); ; time.Sleep(time.Millisecond) {
+		routes, err := netlink.RouteGet(ip)
+		if err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%v is not local: %v, %v", ip, routes, err)
+		}
+	}
 }
 
 // send sends a segment with a partial checksum; gsoSize > 0 leaves the cutting to the host.
