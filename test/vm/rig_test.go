@@ -34,6 +34,10 @@ func TestMain(m *testing.M) {
 			return 1
 		}
 		defer os.RemoveAll(dir)
+		if err := os.Chmod(dir, 0o755); err != nil { // vhostd is in it, for other users too
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
 		workDir = dir
 		return m.Run()
 	}()
@@ -101,7 +105,9 @@ func newRig(t *testing.T, net string) *rig {
 	r.servers, err = r.ns.Serve("")
 	must(t, err)
 	t.Cleanup(r.servers.Close)
-	r.dopts = daemon.Options{Dir: t.TempDir(), Net: net, Namespace: r.ns, Metrics: "127.0.0.1:9100"}
+	dir, err := os.MkdirTemp(workDir, "run-")
+	must(t, err)
+	r.dopts = daemon.Options{Dir: dir, Net: net, Namespace: r.ns, Metrics: "127.0.0.1:9100"}
 	if !qemuBackend() {
 		r.dopts.Binary, err = binary()
 		must(t, err)
