@@ -117,6 +117,17 @@ func (s *slot) copy(b *zerocopy.Buffer) {
 	b.CopyTo(s.data, 0)
 }
 
+// frags appends the frame's fragments to to.
+func (s *slot) frags(to [][]byte) [][]byte {
+	if s.buf == nil {
+		return append(to, s.data)
+	}
+	for _, seg := range s.buf.Segs() {
+		to = append(to, seg.Mem)
+	}
+	return to
+}
+
 // block makes room unwritable, and reports whether there is room by now after all.
 func (l *link) block() bool {
 	l.room.Block()
@@ -132,7 +143,7 @@ func (l *link) freed() {
 }
 
 // get moves frames into the guest's buffers.
-func (l *link) get(p *zerocopy.Posted, max int, scratch *[1][]byte) (n int, idle bool, tooBig int) {
+func (l *link) get(p *zerocopy.Posted, max int, scratch *[][]byte) (n int, idle bool, tooBig int) {
 	l.recv.Lock()
 	defer l.recv.Unlock()
 	defer l.freed()
@@ -145,12 +156,8 @@ func (l *link) get(p *zerocopy.Posted, max int, scratch *[1][]byte) (n int, idle
 			continue
 		}
 		s := l.at(tail)
-		scratch[0] = s.data
-		frags := scratch[:]
-		if s.buf != nil {
-			frags = s.buf.Frags()
-		}
-		switch p.Write(s.hdr, frags) {
+		*scratch = s.frags((*scratch)[:0])
+		switch p.Write(s.hdr, *scratch) {
 		case zerocopy.NoRoom:
 			return n, false, tooBig
 		case zerocopy.TooBig:

@@ -11,7 +11,7 @@ import (
 type queue struct {
 	d       *Device
 	index   int
-	scratch [1][]byte // the receiveq's worker's
+	scratch [][]byte // the receiveq's worker's
 	tooBig  atomic.Uint64
 }
 
