@@ -1,0 +1,186 @@
+package backend_test
+
+import (
+	"encoding/binary"
+	"errors"
+	"io"
+	"math"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"testing"
+
+	"github.com/vhostd/vhostd/internal/vhosttest"
+	"github.com/vhostd/vhostd/vhostuser"
+	"github.com/vhostd/vhostd/virtio"
+)
+
+func TestF14Order(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	n := newNeighbour(t)
+	e := attack(t, vhosttest.Options{})
+	kick, num, addr, base, enable := 0, 1, 2, 3, 4
+	steps := []func() error{
+		func() error { return e.FE.SetVringKick(1, e.Queues[1].Kick.FD()) },
+		func() error { return e.FE.SetVringNum(1, 256) },
+		func() error { return e.FE.SetVringAddr(e.Queues[1].Addr()) },
+		func() error { return e.FE.SetVringBase(1, uint32(e.Queues[1].Base)) },
+		func() error { return e.FE.SetVringEnable(1, true) },
+	}
+	for _, order := range [][]int{
+		{kick}, {addr}, {base}, {enable}, {kick, addr, num, base}, {kick, num, base, addr}, {addr, num, kick}, {num, kick, enable},
+	} {
+		e.Hangup()
+		e.Dial() // nothing negotiated, no memory
+		for _, s := range order {
+			_ = steps[s]() // refused or not: nothing may come of it
+		}
+		if _, err := e.FE.GetFeatures(); err == nil {
+			for i := range uint32(2) {
+				if _, err := e.FE.GetVringBase(i); err != nil {
+					t.Fatalf("order %v: GET_VRING_BASE %d: %v", order, i, err)
+				}
+			}
+		}
+		n.goesOn(t)
+		e.Reconnect()
+		e.works(t)
+	}
+}
+
+func TestF14BaseOfUntouchedRing(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	e := vhosttest.New(t, serve(t, newDevice(t, 1)), vhosttest.Options{})
+	e.Dial()
+	for i := range uint32(2) {
+		if base, err := e.FE.GetVringBase(i); err != nil || base != 0 {
+			t.Errorf("GET_VRING_BASE of a ring that was never there: %d, %v", base, err)
+		}
+	}
+}
+
+func TestF15Features(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	n := newNeighbour(t)
+	e := attack(t, vhosttest.Options{})
+	for name, f := range map[string]func() error{
+		"not offered":           func() error { return e.FE.SetFeatures(uint64(e.Features | virtio.FRingPacked)) },
+		"changed while it runs": func() error { return e.FE.SetFeatures(uint64(e.Features &^ virtio.FNetMrgRxbuf)) },
+		"protocol, not offered": func() error { return e.FE.SetProtocolFeatures(e.Protocol | vhostuser.ProtocolInflightShmFD) },
+		"in-band notifications": func() error { return e.FE.SetProtocolFeatures(vhostuser.ProtocolInbandNotify) },
+	} {
+		t.Log(name)
+		if err := f(); err == nil {
+			t.Error("it was taken")
+		}
+		e.closed(t)
+		n.goesOn(t)
+	}
+	if err := e.FE.SetFeatures(uint64(e.Features)); err != nil { // as QEMU does for every queue pair
+		t.Error(err)
+	}
+}
+
+// A front-end that asks and never reads the answers.
+func TestF19ReplyNotRead(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	n := newNeighbour(t)
+	e := attack(t, vhosttest.Options{})
+	ask := header(vhostuser.ReqGetFeatures, vhostuser.FlagVersion, 0)
+	for {
+		if err := e.FE.SendRaw(slices.Repeat(ask, 100), nil); err != nil {
+			break // the back-end has hung up, or this end has: it waited as long
+		}
+	}
+	n.goesOn(t)
+	e.Reconnect()
+	e.works(t)
+}
+
+func TestF20SecondOwner(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	n := newNeighbour(t)
+	e := attack(t, vhosttest.Options{})
+	refused(t, e, "SET_OWNER", e.FE.SetOwner())
+	e.works(t)
+	n.goesOn(t)
+}
+
+func TestF20SecondConnection(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	n := newNeighbour(t)
+	path := filepath.Join(t.TempDir(), "vhost.sock")
+	l, err := vhostuser.Listen(path, vhostuser.ListenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := newDevice(t, 1)
+	b := serve(t, d)
+	done := make(chan error, 1)
+	go func() { done <- b.Serve(t.Context(), l) }()
+	e := &end{vhosttest.Start(t, nil, vhosttest.Options{Path: path}), d, b}
+	e.works(t)
+	second, err := vhostuser.Dial(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := second.GetFeatures(); err == nil {
+		t.Error("a second connection is served")
+	}
+	second.Close()
+	e.works(t)
+	n.goesOn(t)
+	e.Reconnect() // the first one's place is free again
+	e.works(t)
+	e.Hangup()
+	l.Close()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestF21Enable(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	n := newNeighbour(t)
+	e := attack(t, vhosttest.Options{})
+	for _, v := range []uint32{2, 256, math.MaxUint32} {
+		e.raw(t, append(header(vhostuser.ReqSetVringEnable, vhostuser.FlagVersion|vhostuser.FlagNeedReply, 8), u32s(1, v)...))
+		m, err := e.FE.Receive()
+		if err != nil || binary.NativeEndian.Uint64(m.Payload) == 0 {
+			t.Fatalf("enable %d: %+v, %v; want a refusal", v, m, err)
+		}
+	}
+	e.works(t)
+	e.Hangup()
+	e.Dial()
+	if err := e.FE.SetVringEnable(1, false); err != nil { // without ack, as REPLY_ACK was not accepted yet
+		t.Error(err)
+	}
+	if _, err := e.FE.GetFeatures(); err != nil {
+		t.Errorf("after SET_VRING_ENABLE 0 before SET_FEATURES: %v", err)
+	}
+	e.Reconnect()
+	e.works(t)
+	n.goesOn(t)
+}
+
+// Connections that end at any point of a message cost nothing.
+func TestF24ConnectionStorm(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	n := newNeighbour(t)
+	e := attack(t, vhosttest.Options{})
+	whole := append(header(vhostuser.ReqSetVringNum, vhostuser.FlagVersion, 8), u32s(0, 256)...)
+	for i := range 500 {
+		e.Hangup()
+		e.Dial()
+		if err := e.FE.SendRaw(whole[:i%len(whole)], nil); err != nil && i%len(whole) > 0 && !errors.Is(err, io.ErrClosedPipe) {
+			t.Fatal(err)
+		}
+	}
+	n.goesOn(t)
+	e.Reconnect()
+	e.works(t)
+	if n := runtime.NumGoroutine(); n > 60 {
+		t.Errorf("%d goroutines", n)
+	}
+}
