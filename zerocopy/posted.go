@@ -269,6 +269,9 @@ func (p *Posted) use(n int) {
 	} else {
 		p.flattened = p.first + 1
 	}
+	if cap(c.Segs) > keepSegs {
+		c.Segs = nil
+	}
 	p.first++
 }
 

@@ -44,6 +44,9 @@ type slot struct {
 	buf   *Buffer // nil when the last one left with its holder (Orphan)
 }
 
+// keepSegs is how many segments a slot keeps memory for: a guest that sends ever longer chains must not make every slot grow for good.
+const keepSegs = 64
+
 // tablePin is a memory table that slots before a cursor may point into.
 type tablePin struct {
 	table *guestmem.Table
@@ -237,6 +240,9 @@ func (w *Window) retire(s *slot, state uint32) {
 		w.unblock()
 	}
 	w.tail++ // first: guest memory may fault under Put
+	if cap(s.chain.Segs) > keepSegs {
+		s.chain.Segs = nil
+	}
 	w.ring.Put(s.chain.Head, 0)
 }
 

@@ -126,11 +126,14 @@ func measure(p peer, w work, seconds int) ([]sample, error) {
 		return nil, err
 	}
 	defer guest.stop()
-	if p.name == "dpdk" {
-		back.say("start")
+	// The receiving end goes first. vhostd needs no telling.
+	first, second := back, guest
+	if w.rx {
+		first, second = guest, back
 	}
+	first.say("start")
 	time.Sleep(300 * time.Millisecond)
-	guest.say("start")
+	second.say("start")
 	time.Sleep(time.Second)
 	return guest.sample(w, seconds)
 }

@@ -50,7 +50,7 @@ func (p *process) tail() string {
 
 func start(cpu int, name string, args ...string) (*process, error) {
 	p := &process{done: make(chan struct{})}
-	p.cmd = exec.Command("taskset", append([]string{"-c", strconv.Itoa(cpu), name}, args...)...)
+	p.cmd = exec.Command("taskset", append([]string{"-c", strconv.Itoa(cpu), "stdbuf", "-oL", name}, args...)...)
 	p.cmd.Stdout, p.cmd.Stderr = p, p
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var err error
@@ -209,7 +209,7 @@ func (p *process) count(w work) (uint64, time.Time, error) {
 	re := packets[w.rx]
 	seen := len(re.FindAllString(p.output(), -1))
 	p.say("show port stats all")
-	for range 200 {
+	for range 2500 {
 		time.Sleep(2 * time.Millisecond)
 		if m := re.FindAllStringSubmatch(p.output(), -1); len(m) > seen {
 			n, err := strconv.ParseUint(m[len(m)-1][1], 10, 64)
