@@ -24,6 +24,8 @@ const (
 	userGateway = "10.0.2.2"
 	userDNS     = "10.0.2.3"
 	userGuest   = "10.0.2.15/24"
+	userNet6    = "fd00::"
+	userHost6   = "fd00::2"
 	nobody      = 65534
 	forwarded   = 18080 // on the host's loopback, to the guest's port 8080
 )
@@ -56,6 +58,7 @@ func TestUser(t *testing.T) {
 	r.download(32 << 20)
 	r.tcp(userGateway, 128<<20)
 	r.udp(userGateway, 8, 1472)
+	r.ipv6()
 	r.forward(8 << 20)
 	r.healthy()
 }
@@ -78,6 +81,20 @@ func (r *rig) dhcp() {
 	if !slices.Contains(l.Gateways, userGateway) {
 		r.t.Errorf("guest's default routes go via %v, want %s", l.Gateways, userGateway)
 	}
+}
+
+// ipv6: the guest's kernel takes an address from the router's advertisement, and reaches the host by it.
+func (r *rig) ipv6() {
+	r.t.Helper()
+	var l rpc.LinkResult
+	eventually(r.t, 30*time.Second, "an IPv6 address from a router advertisement", func() bool {
+		l = r.link(rpc.LinkArgs{Name: "eth0"})
+		return slices.ContainsFunc(l.Addrs, func(a string) bool { return strings.HasPrefix(a, userNet6) })
+	})
+	r.logf("IPv6: guest has %v, default routes via %v", l.Addrs, l.Gateways)
+	r.ping(userHost6, 1452)
+	r.tcp(userHost6, 32<<20)
+	r.udp(userHost6, 1452)
 }
 
 // lookup asks the network's name server, over both transports, for a name that exists and one that does not.
