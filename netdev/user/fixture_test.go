@@ -104,6 +104,7 @@ type guest struct {
 	features virtio.Features
 	wg       sync.WaitGroup
 	stop     chan struct{}
+	closing  sync.Once
 
 	mu     sync.Mutex
 	queues []*guestQueue
@@ -150,7 +151,10 @@ func newGuest(t testing.TB, d *Device, o guestOptions) *guest {
 	return g
 }
 
-func (g *guest) close() {
+// close stops the guest; its queues may be looked at after it.
+func (g *guest) close() { g.closing.Do(g.shutdown) }
+
+func (g *guest) shutdown() {
 	if g.stack != nil {
 		g.stack.Close()
 		g.stack.Wait()
