@@ -36,8 +36,9 @@ func openSource(s settings, log *slog.Logger) (source, error) {
 	case s.socketPath != "":
 		return listen(s, conn)
 	case s.fd >= 0:
+		path := socketName(s.fd) // before the descriptor changes hands
 		a, err := inherit(s.fd, conn)
-		return source{a, socketName(s.fd), false}, err
+		return source{a, path, false}, err
 	}
 	return activate(conn)
 }

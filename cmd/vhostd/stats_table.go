@@ -18,7 +18,7 @@ func printReport(w io.Writer, r report, before *report) error {
 	for i, q := range r.Queues {
 		frames, bits := rates(r, before, i)
 		fmt.Fprintf(t, "%d\t%s\t%d\t%s\t%d\t%s\t%s\t%s\t%d\t%d\t%d\t\n",
-			q.Index, q.Direction, q.Size, state(q), q.Frames, binary(q.Bytes), frames, bits, q.Kicks, q.Calls, q.Waits)
+			q.Index, q.Direction, q.Size, state(q), q.Frames, bytesOf(q.Bytes), frames, bits, q.Kicks, q.Calls, q.Waits)
 	}
 	if err := t.Flush(); err != nil {
 		return err
@@ -47,21 +47,21 @@ func summary(r report) string {
 	fmt.Fprintf(&b, "vhostd %s, process %d, up %v, --net %s\n", r.Daemon.Version, r.Daemon.PID,
 		time.Duration(r.Daemon.UptimeSeconds*float64(time.Second)).Round(time.Second), r.Daemon.Net)
 	d := r.Device
-	fmt.Fprintf(&b, "device     %s, %d queue pairs, MTU %d, zero-copy: %s\n", strings.TrimSpace(d.Kind+" "+d.Name), d.Pairs, d.MTU, d.ZeroCopy)
+	fmt.Fprintf(&b, "device     %s, %s%s, zero-copy: %s\n", strings.TrimSpace(d.Kind+" "+d.Name), count(d.Pairs, "queue pair"), mtu(d.MTU), d.ZeroCopy)
 	if r.Connected {
-		fmt.Fprintf(&b, "front-end  connected, %d regions of guest memory, %s\n", r.MemoryRegions, binary(r.MemoryBytes))
+		fmt.Fprintf(&b, "front-end  connected, %s of guest memory in %s\n", bytesOf(r.MemoryBytes), count(r.MemoryRegions, "region"))
 		fmt.Fprintf(&b, "features   %s\n", strings.Join(r.Features, " "))
 	} else {
 		fmt.Fprintf(&b, "front-end  not connected: waiting on %s\n", r.Daemon.Socket)
 	}
 	if u := r.User; u != nil {
-		fmt.Fprintf(&b, "network    %d TCP connections (%d so far), %d UDP flows, %d pings, %d leases\n",
-			u.Connections, u.ConnectionsTotal, u.UDPFlows, u.Pings, u.Leases)
+		fmt.Fprintf(&b, "network    %s (%d so far), %s, %s, %s\n", count(u.Connections, "TCP connection"), u.ConnectionsTotal,
+			count(u.UDPFlows, "UDP flow"), count(u.Pings, "ping"), count(u.Leases, "lease"))
 		for _, f := range u.Forwards {
 			fmt.Fprintf(&b, "forward    %s %s to %s, %d active (%d so far)\n", f.Proto, f.Host, f.Guest, f.Active, f.Total)
 		}
 	}
-	fmt.Fprintf(&b, "so far     %d sessions, %d faults of front-ends, %d of guests\n", r.Sessions, r.FrontEndErrors, r.GuestErrors)
+	fmt.Fprintf(&b, "so far     %s, faults: %d of front-ends, %d of guests\n", count(int(r.Sessions), "session"), r.FrontEndErrors, r.GuestErrors)
 	return b.String()
 }
 
@@ -116,11 +116,27 @@ func rates(now report, before *report, i int) (frames, bits string) {
 	return decimal(float64(b.Frames-a.Frames) / seconds), decimal(float64(b.Bytes-a.Bytes) * 8 / seconds)
 }
 
+// count writes a number of things.
+func count(n int, thing string) string {
+	if n != 1 {
+		thing += "s"
+	}
+	return fmt.Sprintf("%d %s", n, thing)
+}
+
+// mtu is the part of a sentence that tells a device's MTU, if it has one.
+func mtu(n int) string {
+	if n == 0 {
+		return ""
+	}
+	return fmt.Sprintf(", MTU %d", n)
+}
+
 // decimal writes a rate with a decimal prefix: 1.3M.
 func decimal(v float64) string { return scaled(v, 1000, "kMGTPE", "") }
 
-// binary writes a number of bytes with a binary prefix: 1.5GiB.
-func binary(n uint64) string { return scaled(float64(n), 1024, "KMGTPE", "iB") }
+// bytesOf writes a number of bytes with a binary prefix: 1.5GiB.
+func bytesOf(n uint64) string { return scaled(float64(n), 1024, "KMGTPE", "iB") }
 
 func scaled(v, base float64, prefixes, unit string) string {
 	if v < base {
