@@ -1,6 +1,7 @@
 package backend_test
 
 import (
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -223,7 +224,7 @@ func (w *wire) letGo(i int) *zerocopy.Buffer {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	b := w.held[i]
-	w.held = append(w.held[:i:i], w.held[i+1:]...)
+	w.held = slices.Delete(w.held, i, i+1)
 	return b
 }
 
@@ -235,6 +236,13 @@ func (w *wire) set(keep, deaf bool) {
 		w.unblock()
 	}
 	w.keep, w.deaf = keep, deaf
+}
+
+// forget drops what waits for the guest.
+func (w *wire) forget() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.inbox = nil
 }
 
 // got returns and forgets what was sent.

@@ -112,7 +112,7 @@ func TestF10Regions(t *testing.T) {
 		"guest overlap":        {func(r *vhostuser.MemoryRegion) { r.GuestAddr = held.GuestAddr + held.Size - 1 }, spare.FD},
 		"guest overlap within": {func(r *vhostuser.MemoryRegion) { r.GuestAddr = held.GuestAddr + 4096 }, spare.FD},
 		"user overlap":         {func(r *vhostuser.MemoryRegion) { r.UserAddr = held.UserAddr - r.Size + 1 }, spare.FD},
-		"duplicate":            {func(r *vhostuser.MemoryRegion) { *r = held }, e.Mem.Regions[0].FD},
+		"another file there":   {func(r *vhostuser.MemoryRegion) { *r = held }, e.Mem.Regions[1].FD},
 		"no file to map":       {func(*vhostuser.MemoryRegion) {}, e.Queues[0].Kick.FD()},
 		"a directory":          {func(*vhostuser.MemoryRegion) {}, dir},
 	} {

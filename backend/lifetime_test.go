@@ -3,6 +3,7 @@ package backend_test
 import (
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -122,7 +123,7 @@ func shuffle(w *wire, seed uint64, stop chan struct{}) {
 		if n := len(w.held); n > 0 {
 			i := r.IntN(n)
 			b = w.held[i]
-			w.held = append(w.held[:i:i], w.held[i+1:]...)
+			w.held = slices.Delete(w.held, i, i+1)
 		}
 		w.mu.Unlock()
 		if b == nil {

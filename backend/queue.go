@@ -45,6 +45,7 @@ type queue struct {
 	kicked  bool // SET_VRING_KICK has come: the ring is to run
 	started bool
 	broken  error // the guest's fault; the ring is started but stands still
+	fault   error // guest memory faulted under the worker: what it was doing is half done
 	kick    int   // descriptors of the front-end, -1 for none
 	call    int
 	errfd   int
@@ -311,10 +312,14 @@ func (q *queue) stop() error {
 	q.signalWake()
 	<-q.done
 	q.mu.Lock()
-	err := guard(q.drain)
+	err := q.fault
+	if err == nil {
+		err = guard(q.drain)
+	}
 	if err != nil && q.window != nil {
 		q.window.Abandon()
 	}
+	q.unsent, q.fault = nil, nil
 	q.fold()
 	q.setup.base = q.ring.Base()
 	q.ring, q.window, q.posted = nil, nil, nil

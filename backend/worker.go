@@ -53,7 +53,8 @@ func (q *queue) turn(arm bool) (next step) {
 	defer q.mu.Unlock()
 	defer func() {
 		if r := recover(); r != nil {
-			q.s.fail(faultOf(r))
+			q.fault = faultOf(r)
+			q.s.fail(q.fault)
 			q.waits.none()
 			next = wait
 		}

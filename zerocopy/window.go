@@ -20,6 +20,7 @@
 package zerocopy
 
 import (
+	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -82,6 +83,7 @@ type Window struct {
 	wake     func()
 	sleeping atomic.Bool
 	late     atomic.Int64 // slots given up that the device still holds, plus one until Close
+	closed   bool         // by Close or Abandon
 }
 
 // NewWindow returns a Window over ring, whose frames start with the header that the features f imply. wake is called from the
@@ -336,16 +338,33 @@ func (w *Window) Close() (givenUp int) {
 		w.tail++
 		w.ring.Put(s.chain.Head, 0)
 	}
+	w.closed = true
 	w.unpinLate()
 	return givenUp
 }
 
-// Abandon is Close for a ring whose memory can no longer be touched: nothing is returned. It may come after a Close that did not end.
+// Abandon is Close for a ring whose memory can no longer be touched: nothing is returned. It may come after a Close that did not end, and
+// does nothing after one that did. A fault can strike in the middle of Pop or Send, so nobody knows which buffers are in somebody's
+// hands: the memory stays pinned until none of them is referenced any more, which is the garbage collector's to find out.
 func (w *Window) Abandon() {
+	if w.closed {
+		return
+	}
+	w.closed = true
 	for ; w.tail != w.head; w.tail++ {
 		w.giveUp(&w.slots[w.tail&w.mask])
 	}
-	w.unpinLate()
+	pinned := []*guestmem.Table{w.table}
+	for _, p := range w.older {
+		pinned = append(pinned, p.table)
+	}
+	runtime.AddCleanup(w, unpinAll, pinned)
+}
+
+func unpinAll(tables []*guestmem.Table) {
+	for _, t := range tables {
+		t.Unpin()
+	}
 }
 
 // giveUp takes a slot from the device that still holds its buffer; it reports false when none does.

@@ -160,6 +160,19 @@ func (g *Guest) StartQueues() {
 	}
 }
 
+// Successor is another guest, with memory of its own, at the same back-end: g hangs up for it, if it has not yet.
+func (g *Guest) Successor(o Options) *Guest {
+	g.t.Helper()
+	g.Hangup()
+	o = o.withDefaults()
+	next := &Guest{t: g.t, opts: o, Mem: newMemory(g.t, o.Regions), feed: g.feed, served: make(chan struct{}), stop: func() {}}
+	close(next.served)
+	g.t.Cleanup(next.Close)
+	next.Connect()
+	next.StartQueues()
+	return next
+}
+
 // Receiveq is the receiveq of a pair.
 func (g *Guest) Receiveq(pair int) *Queue { return g.Queues[2*pair] }
 

@@ -116,6 +116,16 @@ func (m *Memory) find(a guestmem.GPA, n int) *Region {
 	return nil
 }
 
+// Of is the region with the front-end's address user.
+func (m *Memory) Of(user uint64) *Region {
+	for _, r := range m.Regions {
+		if user-r.UserAddr < r.Size {
+			return r
+		}
+	}
+	panic(fmt.Sprintf("user address %#x is in no region", user))
+}
+
 // At is the n bytes of guest memory at a. It panics when they are not within one region.
 func (m *Memory) At(a guestmem.GPA, n int) []byte {
 	r := m.find(a, n)
