@@ -111,14 +111,20 @@ type guest struct {
 
 const (
 	guestBase  = guestmem.GPA(0x4000_0000)
+	guestUser  = guestmem.UVA(0x7f00_0000_0000)
 	guestRings = 1 << 16
 	guestSize  = 8 << 20
 )
 
 func newGuest(t testing.TB, size int, f virtio.Features) *guest {
 	t.Helper()
-	region, err := guestmem.NewHeapRegion(guestBase, 0x7f00_0000_0000, guestSize)
+	region, err := guestmem.NewHeapRegion(guestBase, guestUser, guestSize)
 	must(t, err)
+	return newGuestIn(t, region, size, f)
+}
+
+func newGuestIn(t testing.TB, region *guestmem.Region, size int, f virtio.Features) *guest {
+	t.Helper()
 	table, err := guestmem.NewTable(region)
 	must(t, err)
 	t.Cleanup(table.Unpin)
@@ -245,7 +251,8 @@ func newWire(t testing.TB, name string) *wire {
 	proto := binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, unix.ETH_P_ALL))
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 	must(t, err)
-	t.Cleanup(func() { unix.Close(fd) })
+	w := &wire{t, fd}
+	t.Cleanup(w.close)
 	must(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 16<<20))
 	must(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 16<<20))
 	must(t, unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1))
@@ -253,7 +260,14 @@ func newWire(t testing.TB, name string) *wire {
 	must(t, unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: proto, Ifindex: index}))
 	tv := unix.NsecToTimeval(testTimeout.Nanoseconds())
 	must(t, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv))
-	return &wire{t, fd}
+	return w
+}
+
+func (w *wire) close() {
+	if w.fd >= 0 {
+		unix.Close(w.fd)
+		w.fd = -1
+	}
 }
 
 func (w *wire) send(frame []byte) {

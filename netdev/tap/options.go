@@ -199,7 +199,7 @@ func checkMacvtap(v string) error {
 // checkName holds a name to the kernel's rule for interfaces (dev_valid_name).
 func checkName(s string) error {
 	if s == "" || len(s) >= unix.IFNAMSIZ || s == "." || s == ".." || strings.ContainsAny(s, "/: \t\n\v\f\r") {
-		return fmt.Errorf("%q is no interface name: want 1 to %d characters without blanks, / and :", s, unix.IFNAMSIZ-1)
+		return fmt.Errorf("%q is no interface name: want 1 to %d characters without blanks, slashes and colons", s, unix.IFNAMSIZ-1)
 	}
 	return nil
 }

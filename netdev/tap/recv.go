@@ -20,8 +20,8 @@ const (
 	minWant = 1500 + 14 + 4
 	// wantStep rounds larger offers, in bytes.
 	wantStep = 4096
-	// wantWindow is the number of frames after which the offer shrinks to the largest of them. One frame that is longer than the offer
-	// costs a copy, one segment that is offered in vain about 5 ns.
+	// wantWindow is the number of frames after which the offer shrinks to the largest of them. A frame that is longer than the offer
+	// costs a copy, and every segment that is offered in vain costs the time to name it to the kernel and to have it checked there.
 	wantWindow = 256
 	// maxSegs bounds the segments of a read; the header and the stage come on top.
 	maxSegs = sys.MaxIovecs - 2
@@ -71,7 +71,9 @@ func (q *queue) Recv(p *zerocopy.Posted, limit int) (n int, idle bool, err error
 		case unix.EAGAIN:
 			return n, true, q.alive()
 		case unix.EFAULT, unix.ENOMEM, unix.EINVAL:
-			r.lost.Add(1) // that frame's end, such as guest memory that is not there
+			// That frame's end. Guest memory that is not there is EFAULT from a macvtap; a tap claims to have written, and the
+			// header's write faults.
+			r.lost.Add(1)
 		default:
 			return n, false, fmt.Errorf("reading from the tap's queue: %w (is the interface gone?)", errno)
 		}

@@ -1,10 +1,14 @@
 package tap
 
 import (
+	"runtime"
+	"runtime/debug"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
+	"github.com/vhostd/vhostd/guestmem"
 	"github.com/vhostd/vhostd/virtio"
 )
 
@@ -99,6 +103,63 @@ func TestRecvTooBig(t *testing.T) {
 	wantFrame(t, g.recv(d.Queue(0)).data, testFrame(1514, 2))
 	if got := g.posted.Stats.TooBig; got != 1 {
 		t.Errorf("TooBig is %d, want 1", got)
+	}
+}
+
+// shrunkGuest has posted buffers in pages that its memory file no longer has.
+func shrunkGuest(t *testing.T) *guest {
+	t.Helper()
+	fd, err := unix.MemfdCreate("guest", unix.MFD_CLOEXEC)
+	must(t, err)
+	defer unix.Close(fd)
+	must(t, unix.Ftruncate(fd, guestSize))
+	region, err := guestmem.NewRegion(fd, 0, guestBase, guestUser, guestSize)
+	must(t, err)
+	g := newGuestIn(t, region, 64, plain)
+	g.post(4, 2048)
+	must(t, unix.Ftruncate(fd, guestRings))
+	return g
+}
+
+// TestRecvMissingPage: a tap does not report that it could not write to posted pages. Nor is that passed off as a frame: the header's
+// write faults, as the worker's own writes to the guest do, and the device goes on with the next guest.
+func TestRecvMissingPage(t *testing.T) {
+	inNetns(t)
+	d := open(t, "tap:t0")
+	w, q, g := newWire(t, "t0"), d.Queue(0), shrunkGuest(t)
+	w.send(testFrame(100, 1))
+	w.send(testFrame(100, 2))
+	fault := func() (v any) {
+		defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+		defer func() { v = recover() }()
+		n, idle, err := q.Recv(g.posted, 8)
+		t.Errorf("Recv is %d, %v, %v", n, idle, err)
+		return nil
+	}()
+	if err, ok := fault.(runtime.Error); !ok {
+		t.Fatalf("Recv panics with %v, want a memory fault", err)
+	}
+	next := newGuest(t, 64, plain)
+	next.post(1, 2048)
+	wantFrame(t, next.recv(q).data, testFrame(100, 2))
+}
+
+// TestRecvMissingPageMacvtap: a macvtap does report it. The frames are lost and counted, and Recv comes to an end.
+func TestRecvMissingPageMacvtap(t *testing.T) {
+	inNetns(t)
+	w := newWire(t, addMacvtap(t, "mv0"))
+	d := openMacvtapOrSkip(t, "tap:macvtap=mv0,mac="+hostMAC.String())
+	q, g := d.Queue(0), shrunkGuest(t)
+	for i := range 3 {
+		w.send(testFrame(100, uint32(i)))
+	}
+	for range 2 {
+		if n, idle, err := q.Recv(g.posted, 2); n != 0 || !idle || err != nil {
+			t.Fatalf("Recv is %d, %v, %v", n, idle, err)
+		}
+	}
+	if got := q.Counters().RecvDropped; got != 3 {
+		t.Errorf("RecvDropped is %d, want 3", got)
 	}
 }
 

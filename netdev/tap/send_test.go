@@ -65,6 +65,22 @@ func TestSendRefused(t *testing.T) {
 	}
 }
 
+// TestSendMissingPage: pages that are no longer there cost their own frame only.
+func TestSendMissingPage(t *testing.T) {
+	inNetns(t)
+	d := open(t, "tap:t0")
+	w := newWire(t, "t0")
+	hole, err := unix.Mmap(-1, 0, 4096, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	must(t, err)
+	defer unix.Munmap(hole)
+	want := testFrame(100, 1)
+	var b buffers
+	b.add(virtio.NetHdr{}, want[:60], hole[:40])
+	b.add(virtio.NetHdr{}, want)
+	b.sendAll(t, d.Queue(0), zerocopy.Dropped, zerocopy.Copied)
+	wantFrame(t, w.recv(), want)
+}
+
 // TestSendHeaderIsSane: a driver's header that says what a driver may not say, or whose hint is nonsense, costs it no frame.
 func TestSendHeaderIsSane(t *testing.T) {
 	inNetns(t)
