@@ -50,7 +50,7 @@ func summary(r report) string {
 	fmt.Fprintf(&b, "device     %s, %s%s, zero-copy: %s\n", strings.TrimSpace(d.Kind+" "+d.Name), count(d.Pairs, "queue pair"), mtu(d.MTU), d.ZeroCopy)
 	if r.Connected {
 		fmt.Fprintf(&b, "front-end  connected, %s of guest memory in %s\n", bytesOf(r.MemoryBytes), count(r.MemoryRegions, "region"))
-		fmt.Fprintf(&b, "features   %s\n", strings.Join(r.Features, " "))
+		fmt.Fprintf(&b, "features   %s\n", orNone(r.Features))
 	} else {
 		fmt.Fprintf(&b, "front-end  not connected: waiting on %s\n", r.Daemon.Socket)
 	}
@@ -148,4 +148,12 @@ func scaled(v, base float64, prefixes, unit string) string {
 		i++
 	}
 	return fmt.Sprintf("%.1f%c%s", v, prefixes[i], unit)
+}
+
+// orNone writes the features that were negotiated.
+func orNone(features []string) string {
+	if len(features) == 0 {
+		return "none yet: the guest's driver has not started"
+	}
+	return strings.Join(features, " ")
 }
