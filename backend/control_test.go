@@ -148,6 +148,35 @@ func TestMemRegionsComeAndGoUnderTraffic(t *testing.T) {
 	}
 }
 
+// QEMU up to 8.0 adds and removes each region once for each queue pair.
+func TestMemRegionAddedForEachPair(t *testing.T) {
+	a, _ := link(t, vhosttest.Options{MemSlots: true})
+	r := vhosttest.NewRegion(t, vhosttest.RegionSpec{GPA: 1 << 40, Size: 1 << 20})
+	defer r.Close()
+	for range 3 {
+		if err := a.FE.AddMemReg(r.MemoryRegion, r.FD); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for want := 1; want >= 0; want-- {
+		if n := r.Mappings(t); n != 1 {
+			t.Fatalf("%d mappings of the region, want 1", n)
+		}
+		if err := a.FE.RemMemReg(r.MemoryRegion); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := a.FE.RemMemReg(r.MemoryRegion); err != nil {
+		t.Fatal(err)
+	}
+	if n := r.Mappings(t); n != 0 {
+		t.Errorf("%d mappings of the region after the last removal", n)
+	}
+	if err := a.FE.RemMemReg(r.MemoryRegion); err == nil {
+		t.Error("a region was removed more often than it was added")
+	}
+}
+
 // Memory that was plugged in carries frames at once.
 func TestAddedMemoryCarriesFrames(t *testing.T) {
 	a, b := link(t, vhosttest.Options{})

@@ -21,15 +21,25 @@ func (s *session) SetMemTable(regions []vhostuser.MemoryRegion, fds []int) error
 		}
 		mapped = append(mapped, m)
 	}
-	return s.useTable(mapped, mapped)
+	if err := s.useTable(mapped, mapped); err != nil {
+		return err
+	}
+	clear(s.repeats)
+	return nil
 }
 
-// AddMemReg implements vhostuser.Handler.
+// AddMemReg implements vhostuser.Handler. A front-end may add the same region once for each queue pair, as QEMU does up to 8.0; then it
+// is removed as often, and goes with the last.
 func (s *session) AddMemReg(r vhostuser.MemoryRegion, fd int) error {
 	defer vhostuser.CloseFDs([]int{fd})
 	m, err := mapRegion(r, fd)
 	if err != nil {
 		return err
+	}
+	if i := slices.IndexFunc(s.table.Regions(), m.Same); i >= 0 {
+		m.Discard()
+		s.repeats[s.table.Regions()[i]]++
+		return nil
 	}
 	return s.useTable(append(slices.Clone(s.table.Regions()), m), []*guestmem.Region{m})
 }
@@ -43,6 +53,11 @@ func (s *session) RemMemReg(r vhostuser.MemoryRegion) error {
 	if i < 0 {
 		return fmt.Errorf("no memory region at guest address %#x, user address %#x, size %#x", r.GuestAddr, r.UserAddr, r.Size)
 	}
+	if s.repeats[left[i]] > 0 {
+		s.repeats[left[i]]--
+		return nil
+	}
+	delete(s.repeats, left[i])
 	return s.useTable(slices.Delete(left, i, i+1), nil)
 }
 

@@ -20,6 +20,8 @@ type session struct {
 	conn   *vhostuser.Conn
 	queues []*queue // 2*i is the receiveq of pair i, 2*i+1 its transmitq
 	table  *guestmem.Table
+	// repeats counts, by region, the ADD_MEM_REGs after the first.
+	repeats map[*guestmem.Region]int
 	back   *vhostuser.BackendConn
 	mtu    uint16
 	status atomic.Uint32
@@ -49,7 +51,7 @@ func newSession(b *Backend, conn *vhostuser.Conn) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &session{b: b, conn: conn, table: table, activated: -1}
+	s := &session{b: b, conn: conn, table: table, repeats: map[*guestmem.Region]int{}, activated: -1}
 	for i := range 2 * b.opts.MaxPairs {
 		q, err := newQueue(s, i)
 		if err != nil {

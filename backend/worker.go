@@ -4,6 +4,7 @@ import (
 	"runtime"
 	"runtime/debug"
 
+	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/vring"
 	"github.com/vhostd/vhostd/zerocopy"
 )
@@ -120,13 +121,11 @@ func (q *queue) transmit(arm bool) step {
 // armTransmit asks for every notification that can end the wait, and looks once more.
 func (q *queue) armTransmit() step {
 	q.waits = waitSet{kick: q.kick, pollKick: q.kick < 0, device: -1}
-	if len(q.unsent) > 0 {
+	h, ok := q.dev.(netdev.Holder)
+	if len(q.unsent) > 0 || ok && h.Held() {
 		// The device is full: frames that come meanwhile are of no use yet.
-		q.waits.kick, q.waits.pollKick = -1, false
-		if q.waits.device = q.dev.SendFD(); q.waits.device < 0 {
-			q.waits.pollKick = true
-		}
-		q.waits.write = true
+		q.waits = waitSet{kick: -1, device: q.dev.SendFD(), write: true}
+		q.waits.pollKick = q.waits.device < 0
 	} else if q.window.Pending() < q.ring.Size() && q.ring.EnableKick() {
 		return again
 	}

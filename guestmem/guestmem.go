@@ -80,6 +80,11 @@ func checkRange(guest GPA, user UVA, size uint64) error {
 	return nil
 }
 
+// Same reports whether r and o are the same memory at the same addresses.
+func (r *Region) Same(o *Region) bool {
+	return r.Guest == o.Guest && r.User == o.User && r.Size == o.Size && r.mem.Same(o.mem)
+}
+
 // Discard unmaps a region that no Table ever held. It panics when one does.
 func (r *Region) Discard() {
 	if r.tables.Load() != 0 {

@@ -9,8 +9,20 @@ import (
 
 // Mapping is a shared mapping of part of a file.
 type Mapping struct {
-	Bytes []byte // the part asked for
-	whole []byte // from the page before it; nil when backed by the heap
+	Bytes  []byte // the part asked for
+	whole  []byte // from the page before it; nil when backed by the heap
+	source source
+}
+
+// source is the place in a file that a Mapping shows.
+type source struct{ dev, ino, off uint64 }
+
+// Same reports whether both show the same memory: the same place of the same file, or the same piece of heap.
+func (m *Mapping) Same(o *Mapping) bool {
+	if m.whole == nil || o.whole == nil {
+		return m == o
+	}
+	return m.source == o.source && len(m.Bytes) == len(o.Bytes)
 }
 
 // Map maps size bytes of fd from offset off, for reading and writing. The offset may be any byte; the file must hold the range, since
@@ -37,7 +49,7 @@ func Map(fd int, off, size uint64) (*Mapping, error) {
 	// Best effort: a kernel without the advice still maps correctly.
 	_ = unix.Madvise(whole, unix.MADV_DONTDUMP)
 	b := whole[off-start:]
-	return &Mapping{Bytes: b[:size:size], whole: whole}, nil
+	return &Mapping{Bytes: b[:size:size], whole: whole, source: source{st.Dev, st.Ino, off}}, nil
 }
 
 // Heap returns a Mapping backed by Go's heap, which the race detector can watch.
