@@ -6,6 +6,8 @@ import (
 	"net"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vhostd/vhostd/virtio"
 )
 
@@ -49,6 +51,7 @@ func benchTCP(b *testing.B, mtu int, features virtio.Features, dir string) {
 	b.SetBytes(chunk)
 	b.ReportAllocs()
 	b.ResetTimer()
+	cpu := cpuTime(b)
 	if dir == "guest-to-host" {
 		for range b.N {
 			if _, err := c.Write(buf); err != nil {
@@ -60,5 +63,13 @@ func benchTCP(b *testing.B, mtu int, features virtio.Features, dir string) {
 		b.Fatalf("%d bytes of %d: %v", n, total, err)
 	}
 	<-done
+	b.ReportMetric(float64(cpuTime(b)-cpu)/float64(total)*(1<<20)/1e3, "cpu-us/MiB")
 	b.ReportMetric(float64(total)*8/b.Elapsed().Seconds()/1e9, "Gbit/s")
+}
+
+// cpuTime is what the process has used, in nanoseconds: a figure that holds on a busy machine.
+func cpuTime(b *testing.B) int64 {
+	var r unix.Rusage
+	must(b, unix.Getrusage(unix.RUSAGE_SELF, &r))
+	return r.Utime.Nano() + r.Stime.Nano()
 }

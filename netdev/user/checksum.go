@@ -18,7 +18,7 @@ type l4Part struct {
 	fragment   bool
 }
 
-// bytes is the part, or nil when the frame's first 64 KiB do not hold all of it.
+// bytes is the part, or nil when it is not all there.
 func (p *l4Part) bytes(f *frame) []byte {
 	if p.start > p.end || p.end > len(f.data) {
 		return nil

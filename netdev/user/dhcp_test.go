@@ -194,7 +194,7 @@ func TestDHCPRestrictGivesNoWayOut(t *testing.T) {
 func TestDHCPv6Information(t *testing.T) {
 	g := newGuest(t, openTest(t, "dnssearch=a.example"), guestOptions{features: offloads, noStack: true})
 	replies := g.sniff(func(f []byte) bool {
-		return header.Ethernet(f).Type() == header.IPv6ProtocolNumber && header.IPv6(f[ethLen:]).TransportProtocol() == header.UDPProtocolNumber
+		return header.Ethernet(f).Type() == header.IPv6ProtocolNumber && header.IPv6(f[ethLen:]).NextHeader() == uint8(header.UDPProtocolNumber)
 	})
 	m, err := dhcpv6.NewMessage()
 	must(t, err)

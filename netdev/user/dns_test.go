@@ -185,3 +185,31 @@ func TestDNSBoundsQueries(t *testing.T) {
 		t.Errorf("with a slot free: %v, and %d are taken", r, len(d.dns.slots))
 	}
 }
+
+// TestDNSCloseWithASilentUpstream: closing does not wait for answers that do not come.
+func TestDNSCloseWithASilentUpstream(t *testing.T) {
+	pc, err := net.ListenPacket("udp4", "127.0.0.1:0")
+	must(t, err)
+	defer pc.Close()
+	d := openTest(t, "ipv6=off")
+	d.dns.upstream.list()
+	d.dns.upstream.mu.Lock()
+	d.dns.upstream.servers = []string{pc.LocalAddr().String()}
+	d.dns.upstream.mu.Unlock()
+	g := newGuest(t, d, guestOptions{features: offloads, address: true})
+	q, err := new(dns.Msg).SetQuestion("far.example.", dns.TypeA).Pack()
+	must(t, err)
+	pc.SetReadDeadline(time.Now().Add(testTimeout))
+	c := g.dialUDP(dnsIP, dnsPort)
+	_, err = c.Write(q)
+	must(t, err)
+	if _, _, err := pc.ReadFrom(make([]byte, 512)); err != nil {
+		t.Fatalf("the query never got there: %v", err)
+	}
+	start := time.Now()
+	d.g.stop()
+	d.dns.close()
+	if took := time.Since(start); took > dnsTimeout/2 {
+		t.Errorf("closing took %v", took)
+	}
+}

@@ -120,6 +120,27 @@ func TestUDPFlowTableIsBounded(t *testing.T) {
 	}
 }
 
+func TestUDPFlowsEndWhenIdle(t *testing.T) {
+	port := portOf(echoUDP(t, "127.0.0.1:0"))
+	d := openTest(t, "")
+	g := newGuest(t, d, guestOptions{features: offloads, address: true})
+	roundTrip(t, g.dialUDP(gateway, port), []byte("x"))
+	d.udp.flows.mu.Lock()
+	for _, f := range d.udp.flows.m {
+		if left := time.Until(f.expires()); left < idleAnswered-testTimeout {
+			t.Errorf("%v are left of a flow that was just used", left)
+		}
+		f.last.Store(time.Now().Add(-idleAnswered - time.Second).UnixNano())
+		f.conn.SetReadDeadline(time.Now())
+	}
+	d.udp.flows.mu.Unlock()
+	for end := time.Now().Add(testTimeout); d.Stats().UDPFlows != 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the flow has not ended")
+		}
+	}
+}
+
 func TestForwardTCP(t *testing.T) {
 	d := openTest(t, "hostfwd=tcp:127.0.0.1:0-:80,hostfwd=:127.0.0.1:0-:81")
 	g := newGuest(t, d, guestOptions{features: offloads}) // no address yet

@@ -34,7 +34,7 @@ func (g *ingress) frame(b *zerocopy.Buffer) bool {
 		return false
 	}
 	hdr := b.Header()
-	pkt := copyIn(b)
+	pkt := copyIn(b, &hdr)
 	views, _ := pkt.AsViewList()
 	f := frame{data: views.Front().AsSlice(), size: b.Len(), hdr: hdr}
 	switch g.classify(&f) {
@@ -53,7 +53,7 @@ func (g *ingress) frame(b *zerocopy.Buffer) bool {
 
 // frame is a frame in private memory while it is decided on.
 type frame struct {
-	data    []byte // from the Ethernet header: all of it, or its first 64 KiB
+	data    []byte // from the Ethernet header: all of it, or of a large segment the headers
 	size    int    // bytes, of which data may be less
 	hdr     virtio.NetHdr
 	pktType tcpip.PacketType
@@ -153,7 +153,7 @@ func (g *ingress) ipv6(f *frame) verdict {
 		return refuse
 	}
 	l4 := l4Part{
-		start: ethLen + header.IPv6MinimumSize, proto: ip.TransportProtocol(),
+		start: ethLen + header.IPv6MinimumSize, proto: tcpip.TransportProtocolNumber(ip.NextHeader()),
 		src: ip.SourceAddress(), dst: ip.DestinationAddress(),
 	}
 	l4.end = l4.start + int(ip.PayloadLength())

@@ -45,8 +45,14 @@ func solicit(src, target string) []byte {
 	return f
 }
 
-func TestIngressVerdicts(t *testing.T) {
-	d := openTest(t, "")
+// verdictCase is a frame and what is to become of it.
+type verdictCase struct {
+	name  string
+	frame []byte
+	want  verdict
+}
+
+func verdictCases() []verdictCase {
 	to := func(mac tcpip.LinkAddress, f []byte) []byte {
 		copy(f, mac)
 		return f
@@ -56,11 +62,7 @@ func TestIngressVerdicts(t *testing.T) {
 	noSum := udpFrame("10.0.2.15", "192.0.2.1", 1, 2, []byte("data"))
 	binary.BigEndian.PutUint16(noSum[ethLen+20+6:], 0)
 	short := udpFrame("10.0.2.15", "192.0.2.1", 1, 2, []byte("data"))
-	for _, c := range []struct {
-		name  string
-		frame []byte
-		want  verdict
-	}{
+	return []verdictCase{
 		{"udp", udpFrame("10.0.2.15", "192.0.2.1", 1, 2, nil), toStack},
 		{"tcp6", synFrame("fd00::15", "2001:db8::1", 1, 2), toStack},
 		{"wrong checksum", badSum, refuse},
@@ -90,7 +92,12 @@ func TestIngressVerdicts(t *testing.T) {
 		{"neighbor: the router", solicit("fd00::15", "fe80::2"), toStack},
 		{"neighbor: duplicate of its own", solicit("::", "fd00::15"), done},
 		{"VLAN", append(append([]byte(testRouter.mac+guestMAC), 0x81, 0), make([]byte, 60)...), done},
-	} {
+	}
+}
+
+func TestIngressVerdicts(t *testing.T) {
+	d := openTest(t, "")
+	for _, c := range verdictCases() {
 		f := frame{data: c.frame, size: len(c.frame)}
 		if got := d.ingress.classify(&f); got != c.want {
 			t.Errorf("%s: verdict %d, want %d", c.name, got, c.want)

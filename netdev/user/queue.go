@@ -4,7 +4,6 @@ import (
 	"sync/atomic"
 
 	"gvisor.dev/gvisor/pkg/buffer"
-	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
 	"github.com/vhostd/vhostd/netdev"
@@ -148,19 +147,33 @@ func (l *link) netHdr(pkt *stack.PacketBuffer) virtio.NetHdr {
 	return h
 }
 
+// Sizes in bytes of the pieces that frames are copied into. The stack copies a piece that it shares when it looks at a header in it,
+// so those of a large segment are apart from its payload.
+const (
+	headerPiece = 192      // holds Ethernet, IP and TCP headers with all their options
+	otherPiece  = 32 << 10 // cleared before it is written: in the cache
+)
+
 // copyIn returns the frame as a packet of private memory, its link header not parsed yet.
-func copyIn(b *zerocopy.Buffer) *stack.PacketBuffer {
+func copyIn(b *zerocopy.Buffer, hdr *virtio.NetHdr) *stack.PacketBuffer {
+	left := b.Len()
+	piece := min(left, otherPiece)
+	if hdr.GSOType != virtio.GSONone {
+		piece = min(left, headerPiece)
+	}
 	var payload buffer.Buffer
-	v := buffer.NewView(min(b.Len(), buffer.MaxChunkSize))
+	v := buffer.NewView(piece)
+	room := piece
 	for _, seg := range b.Segs() {
 		for m := seg.Mem; len(m) > 0; {
-			if v.AvailableSize() == 0 {
+			if room == 0 {
 				payload.Append(v)
-				v = buffer.NewView(header.IPv4MaximumHeaderSize)
+				room = min(left, otherPiece)
+				v = buffer.NewView(room)
 			}
-			n := min(len(m), v.AvailableSize())
+			n := min(len(m), room)
 			v.Write(m[:n])
-			m = m[n:]
+			m, room, left = m[n:], room-n, left-n
 		}
 	}
 	payload.Append(v)

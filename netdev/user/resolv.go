@@ -79,10 +79,8 @@ func (u *upstreams) exchange(ctx context.Context, q *dns.Msg, network string) (*
 		// What is left of the time is shared by the servers that are left.
 		deadline, _ := ctx.Deadline()
 		client := dns.Client{Net: network, Timeout: time.Until(deadline) / time.Duration(len(servers)-i), UDPSize: maxUDPAnswer}
-		ask := q.Copy()
-		ask.Id = dns.Id()
 		var r *dns.Msg
-		if r, _, err = client.ExchangeContext(ctx, ask, server); err == nil && r.Rcode != dns.RcodeServerFailure {
+		if r, err = ask(ctx, &client, q, server); err == nil && r.Rcode != dns.RcodeServerFailure {
 			r.Id = q.Id
 			return r, nil
 		}
@@ -94,6 +92,21 @@ func (u *upstreams) exchange(ctx context.Context, q *dns.Msg, network string) (*
 		}
 	}
 	return nil, err
+}
+
+// ask asks one name server. It returns as soon as ctx ends.
+func ask(ctx context.Context, client *dns.Client, q *dns.Msg, server string) (*dns.Msg, error) {
+	conn, err := client.DialContext(ctx, server)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	query := q.Copy()
+	query.Id = dns.Id()
+	r, _, err := client.ExchangeWithConnContext(ctx, query, conn)
+	return r, err
 }
 
 // hostsFile is names from a file in the form of hosts(5).
