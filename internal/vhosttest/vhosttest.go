@@ -28,7 +28,7 @@ import (
 )
 
 // Patience bounds every wait. It is no measure of speed: nothing but a hang takes that long.
-const Patience = 15 * time.Second
+const Patience = 60 * time.Second
 
 // StartIndex is where ring indices start, unless Options say otherwise: 16 entries before they wrap.
 const StartIndex = 0xfff0
