@@ -1,5 +1,6 @@
 // Command perf compares vhostd with DPDK's vhost library, both driven by the same guest: DPDK's virtio-user in dpdk-testpmd, which is
-// neither's own. The two take turns (A B A B), each run is cut into seconds, and a second counts only in its placement class.
+// neither's own. The two take turns (A B A B), each run is cut into seconds, and a second counts only in its placement class, and only if
+// nothing else ran on the two processors.
 //
 //	go build -o bin/vhostd ./cmd/vhostd && go run ./test/perf -pairs 5
 //
@@ -44,7 +45,7 @@ func main() {
 	var (
 		vhostd  = flag.String("vhostd", "bin/vhostd", "the vhostd binary")
 		pairs   = flag.Int("pairs", 3, "turns of each back-end")
-		seconds = flag.Int("seconds", 4, "seconds of each turn")
+		seconds = flag.Int("seconds", 4, "good seconds wanted of each turn")
 		only    = flag.String("work", "", "comma-separated names of the works to do; all when empty")
 	)
 	flag.Parse()
@@ -135,7 +136,7 @@ func measure(p peer, w work, seconds int) ([]sample, error) {
 	time.Sleep(300 * time.Millisecond)
 	second.say("start")
 	time.Sleep(time.Second)
-	return guest.sample(w, seconds)
+	return guest.sample(w, back, seconds)
 }
 
 // waitFor waits until the back-end listens.

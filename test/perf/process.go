@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -177,31 +178,55 @@ var packets = map[bool]*regexp.Regexp{
 	false: regexp.MustCompile(`TX-packets: (\d+)`),
 }
 
-// sample asks the guest once a second how many frames it has moved.
-func (p *process) sample(w work, seconds int) ([]sample, error) {
+// maxWaited is the most that the threads of the two ends may have waited for their processors in a second that counts.
+const maxWaited = 40 * time.Millisecond
+
+// sample asks the guest once a second how many frames it has moved, until enough seconds were good: one placement class before and after,
+// and nothing else on the processors. It gives up after a few times as many.
+func (p *process) sample(w work, back *process, seconds int) ([]sample, error) {
 	var all []sample
 	class := placement()
 	last, at, err := p.count(w)
 	if err != nil {
 		return nil, err
 	}
-	for range seconds {
+	waited := p.waited() + back.waited()
+	for range 4 * seconds {
 		time.Sleep(time.Second)
 		n, now, err := p.count(w)
 		if err != nil {
 			return nil, err
 		}
+		quiet := p.waited()+back.waited()-waited < maxWaited
 		after := placement()
-		if class == after {
+		if class == after && quiet {
 			all = append(all, sample{float64(n-last) / now.Sub(at).Seconds() / 1e6, class})
+			if len(all) == seconds {
+				break
+			}
 		}
 		class = after
 		// What ran while the placement was measured does not count.
 		if last, at, err = p.count(w); err != nil {
 			return nil, err
 		}
+		waited = p.waited() + back.waited()
 	}
 	return all, nil
+}
+
+// waited is how long the threads of p have waited for a processor although they could have run.
+func (p *process) waited() time.Duration {
+	var sum time.Duration
+	stats, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", p.cmd.Process.Pid))
+	for _, path := range stats {
+		text, _ := os.ReadFile(path)
+		var run, wait time.Duration
+		if _, err := fmt.Sscan(string(text), &run, &wait); err == nil {
+			sum += wait
+		}
+	}
+	return sum
 }
 
 // count reads the guest's packet counter, and when it was read.
