@@ -18,6 +18,7 @@ type Features uint64
 const (
 	FNetCsum          Features = 1 << 0  // device handles frames with a partial checksum
 	FNetGuestCsum     Features = 1 << 1  // driver handles frames with a partial checksum
+	FNetCtrlOffloads  Features = 1 << 2  // driver can change its offloads at run time
 	FNetMTU           Features = 1 << 3  // config field mtu is valid
 	FNetMAC           Features = 1 << 5  // config field mac is valid
 	FNetGuestTSO4     Features = 1 << 7  // driver can receive TSOv4
@@ -31,8 +32,11 @@ const (
 	FNetMrgRxbuf      Features = 1 << 15 // driver can merge receive buffers
 	FNetStatus        Features = 1 << 16 // config field status is valid
 	FNetCtrlVQ        Features = 1 << 17 // control channel is available
+	FNetCtrlRX        Features = 1 << 18 // control channel: receive modes
+	FNetCtrlVLAN      Features = 1 << 19 // control channel: VLAN filtering
 	FNetGuestAnnounce Features = 1 << 21 // driver can send gratuitous packets
 	FNetMQ            Features = 1 << 22 // device supports several queue pairs
+	FNetCtrlMACAddr   Features = 1 << 23 // control channel: MAC address
 	FNotifyOnEmpty    Features = 1 << 24 // legacy: notify when the available ring runs empty
 	FLogAll           Features = 1 << 26 // vhost: log all writes to guest memory
 	FAnyLayout        Features = 1 << 27 // legacy: arbitrary descriptor layouts
@@ -49,6 +53,7 @@ const (
 )
 
 var featureNames = map[Features]string{
+	FNetCtrlOffloads: "CTRL_GUEST_OFFLOADS", FNetCtrlRX: "CTRL_RX", FNetCtrlVLAN: "CTRL_VLAN", FNetCtrlMACAddr: "CTRL_MAC_ADDR",
 	FNetCsum: "CSUM", FNetGuestCsum: "GUEST_CSUM", FNetMTU: "MTU", FNetMAC: "MAC",
 	FNetGuestTSO4: "GUEST_TSO4", FNetGuestTSO6: "GUEST_TSO6", FNetGuestECN: "GUEST_ECN", FNetGuestUFO: "GUEST_UFO",
 	FNetHostTSO4: "HOST_TSO4", FNetHostTSO6: "HOST_TSO6", FNetHostECN: "HOST_ECN", FNetHostUFO: "HOST_UFO",
