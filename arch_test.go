@@ -181,6 +181,13 @@ func TestSizes(t *testing.T) {
 	}
 }
 
+// said are methods whose interface says what they do: fmt's and errors', and netdev's.
+var said = []string{
+	"Error", "Unwrap", "Is", "String",
+	"Capabilities", "SetOffloads", "SetPairs", "Queue", "Close",
+	"Send", "Reap", "SendFD", "Recv", "RecvFD", "Counters", "Orphan", "Held",
+}
+
 // Every package says what it is, and every exported name what it does.
 func TestDocumented(t *testing.T) {
 	documented := map[string]bool{}
@@ -191,7 +198,8 @@ func TestDocumented(t *testing.T) {
 		pkg := filepath.Dir(s.path)
 		documented[pkg] = documented[pkg] || s.ast.Doc != nil
 		for _, d := range s.ast.Decls {
-			if f, ok := d.(*ast.FuncDecl); ok && f.Name.IsExported() && f.Doc == nil && exportedReceiver(f) {
+			if f, ok := d.(*ast.FuncDecl); ok && f.Name.IsExported() && f.Doc == nil && exportedReceiver(f) &&
+				(f.Recv == nil || !slices.Contains(said, f.Name.Name)) {
 				t.Errorf("%s: %s has no comment", s.path, f.Name.Name)
 			}
 		}

@@ -22,9 +22,9 @@ type session struct {
 	table  *guestmem.Table
 	// repeats counts, by region, the ADD_MEM_REGs after the first.
 	repeats map[*guestmem.Region]int
-	back   *vhostuser.BackendConn
-	mtu    uint16
-	status atomic.Uint32
+	back    *vhostuser.BackendConn
+	mtu     uint16
+	status  atomic.Uint32
 
 	features  atomic.Uint64 // negotiated
 	protocol  vhostuser.ProtocolFeatures
