@@ -197,6 +197,36 @@ func TestAddedMemoryCarriesFrames(t *testing.T) {
 	}
 }
 
+// QEMU up to 8.0 adds and removes each region once for each queue pair: it is one region, which goes with the last.
+func TestMemRegionRepeated(t *testing.T) {
+	a, b := link(t, vhosttest.Options{MemSlots: true})
+	r := vhosttest.NewRegion(t, vhosttest.RegionSpec{GPA: 1 << 40, Size: 1 << 20})
+	defer r.Close()
+	for range 2 {
+		for range 3 {
+			if err := a.FE.AddMemReg(r.MemoryRegion, r.FD); err != nil {
+				t.Fatal(err)
+			}
+			if n := r.Mappings(t); n != 1 {
+				t.Fatalf("%d mappings of a region that was added, want 1", n)
+			}
+		}
+		for i := range 3 {
+			if n := r.Mappings(t); n != 1 {
+				t.Fatalf("%d mappings after %d of 3 removals, want 1", n, i)
+			}
+			if err := a.FE.RemMemReg(r.MemoryRegion); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n := r.Mappings(t); n != 0 {
+			t.Fatalf("%d mappings after the last removal", n)
+		}
+		refused(t, a, "REM_MEM_REG once more", a.FE.RemMemReg(r.MemoryRegion))
+	}
+	runAll(t, both(a, b, 100, vhosttest.Flat, 60)...)
+}
+
 func TestCallAndKickReplacedUnderTraffic(t *testing.T) {
 	a, b := link(t, vhosttest.Options{})
 	during(t, a, b, func(i int) {
