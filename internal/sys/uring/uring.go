@@ -1,0 +1,170 @@
+// Package uring is the part of io_uring(7) that sends datagrams from the caller's pages and tells when the kernel is done with them.
+//
+// # Theory of operation
+//
+//	SendmsgZC ... SendmsgZC -> Submit (one system call) -> Next ... Next
+//
+// A send has two completions: one that it was accepted or refused, which Submit leaves behind, and, where that one says More, a second
+// (Notif) when nothing in the kernel refers to the pages any more. What the message header and its vector of pieces say is read by Submit; the
+// memory that the pieces name belongs to the kernel until the Notif.
+//
+// The kernel posts a completion in the context of the thread that submitted: at its next system call, or at once when it sleeps
+// (IORING_SETUP_COOP_TASKRUN). So whoever sleeps elsewhere can poll FD for reading, and need not be that thread.
+//
+// A Ring is not safe for concurrent use; polling FD apart.
+package uring
+
+import (
+	"errors"
+	"fmt"
+	"math/bits"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrOld: the kernel's io_uring lacks what is needed here, which came with Linux 6.2 and can be told from 6.3 on.
+var ErrOld = errors.New("io_uring is older than Linux 6.3")
+
+// Constants of include/uapi/linux/io_uring.h.
+const (
+	setupCQSize      = 1 << 3
+	setupCoopTaskrun = 1 << 8
+	setupTaskrunFlag = 1 << 9
+
+	featSingleMmap = 1 << 0
+	featRegRegRing = 1 << 13 // the sign of Linux 6.3
+
+	offSQRing = 0
+	offSQEs   = 0x1000_0000
+
+	enterGetEvents = 1 << 0
+	sqTaskrun      = 1 << 2 // in the submission ring's flags: completions wait for a system call
+
+	opSendmsgZC     = 48
+	sendReportUsage = 1 << 3 // in sqe.ioprio
+	usageCopied     = 1 << 31
+
+	cqeMore  = 1 << 1
+	cqeNotif = 1 << 3
+)
+
+// params is struct io_uring_params.
+type params struct {
+	sqEntries, cqEntries, flags, sqCPU, sqIdle, features, wqFD uint32
+	_                                                          [3]uint32
+	sq, cq                                                     ringOffsets
+}
+
+// ringOffsets are struct io_sqring_offsets and struct io_cqring_offsets, in bytes from the start of the mapping.
+type ringOffsets struct {
+	head, tail, mask, entries uint32
+	a, b, c                   uint32 // sq: flags, dropped, array; cq: overflow, cqes, flags
+	_                         uint32
+	userAddr                  uint64
+}
+
+// sqe is struct io_uring_sqe.
+type sqe struct {
+	opcode, flags uint8
+	ioprio        uint16
+	fd            int32
+	off, addr     uint64
+	length, op    uint32
+	data          uint64
+	_             [3]uint64
+}
+
+// Completion is struct io_uring_cqe.
+type Completion struct {
+	Data  uint64 // as given to SendmsgZC
+	res   int32
+	flags uint32
+}
+
+// Notif reports whether the pages are free; else the send was accepted or refused.
+func (c Completion) Notif() bool { return c.flags&cqeNotif != 0 }
+
+// More reports whether a Notif follows.
+func (c Completion) More() bool { return c.flags&cqeMore != 0 }
+
+// Copied reports, of a Notif, whether the kernel copied the pages after all.
+func (c Completion) Copied() bool { return uint32(c.res)&usageCopied != 0 }
+
+// Errno is why a send was refused, or 0.
+func (c Completion) Errno() syscall.Errno {
+	if c.Notif() || c.res >= 0 {
+		return 0
+	}
+	return syscall.Errno(-c.res)
+}
+
+// New returns a ring for sends sends a Submit, and room for completions completions that nobody has looked at; each at least 1. The
+// error wraps the system call's, or ErrOld.
+func New(sends, completions int) (*Ring, error) {
+	p := params{flags: setupCQSize | setupCoopTaskrun | setupTaskrunFlag, cqEntries: uint32(powerOfTwo(max(completions, sends)))}
+	r := &Ring{}
+	fd, err := setup(powerOfTwo(sends), &p)
+	if err != nil {
+		if errors.Is(err, unix.EINVAL) {
+			err = fmt.Errorf("%w (%w)", ErrOld, err)
+		}
+		return nil, fmt.Errorf("io_uring_setup: %w", err)
+	}
+	r.fd = fd
+	if p.features&featSingleMmap == 0 || p.features&featRegRegRing == 0 {
+		return nil, errors.Join(ErrOld, r.Close())
+	}
+	if err := r.mmap(&p); err != nil {
+		return nil, errors.Join(err, r.Close())
+	}
+	return r, nil
+}
+
+func powerOfTwo(n int) int { return 1 << bits.Len(uint(n-1)) }
+
+// FD is polled for reading while nobody calls Next: it is readable when a completion waits.
+func (r *Ring) FD() int { return r.fd }
+
+// Close frees the ring. Sends that are not complete go on, their pages safe in the kernel's hands, but nobody will hear of their end.
+func (r *Ring) Close() error {
+	var errs []error
+	for _, m := range [][]byte{r.rings, r.entries} {
+		if m != nil {
+			errs = append(errs, unix.Munmap(m))
+		}
+	}
+	r.rings, r.entries, r.sq, r.cq = nil, nil, nil, nil
+	return errors.Join(append(errs, unix.Close(r.fd))...)
+}
+
+// Queued is the number of sends that wait for Submit.
+func (r *Ring) Queued() int { return int(r.tail - r.submitted) }
+
+// Room is the number of sends that can be queued before the next Submit.
+func (r *Ring) Room() int { return len(r.sq) - r.Queued() }
+
+// Submit hands over what was queued. It does not wait for the network: a send that would have to wait is refused with EAGAIN. The error
+// is the ring's, not a send's; what was not handed over is forgotten, and the number of such sends returned.
+func (r *Ring) Submit() (lost int, err error) {
+	r.publish()
+	for r.submitted != r.tail {
+		n, errno := r.enter(r.Queued())
+		switch {
+		case errno == 0 && n > 0:
+			r.submitted += uint32(n)
+		case errno == unix.EINTR:
+		default:
+			lost = r.forget()
+			return lost, fmt.Errorf("io_uring_enter took %d of %d: %w", n, lost, errno)
+		}
+	}
+	return 0, nil
+}
+
+// Poke has the kernel post the completions that wait for a system call of the thread that submitted, when that is the caller's.
+func (r *Ring) Poke() {
+	if r.pending() {
+		_, _ = r.enter(0) // EINTR, EBUSY: the next one will
+	}
+}

@@ -1,0 +1,266 @@
+package udp
+
+import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/internal/sys"
+	"github.com/vhostd/vhostd/internal/sys/uring"
+	"github.com/vhostd/vhostd/zerocopy"
+)
+
+// watchNap is how long a completion is left to the worker before it is taken from elsewhere. It costs a busy worker a wake-up of another
+// thread in that time, and adds to the time that a sleeping worker's guest waits for its buffers.
+const watchNap = 250 * time.Microsecond
+
+// batchSends is how many sends the io_uring takes in one system call.
+const batchSends = 64
+
+// flight is a frame whose pages the kernel refers to.
+type flight struct {
+	buf     *zerocopy.Buffer // nil: free
+	refused bool             // it was not sent, though the kernel still refers to its pages
+	page    []byte           // see sender.fit; nil until it is needed
+}
+
+// flights are the frames whose pages the kernel refers to. The transmitq's worker adds them; they are ended by the worker or by watch.
+type flights struct {
+	out atomic.Int64 // frames
+
+	mu       sync.Mutex
+	ring     *uring.Ring
+	slots    []flight
+	free     []int
+	throttle throttle
+	turns    uint64 // calls of launch and turn: a sign that the worker is awake
+	most     int    // frames at once
+	notified [2]uint64
+	lost     uint64 // refused in watch, not yet in the worker's count
+
+	start   chan struct{} // tells watch that frames are in flight
+	stop    *sys.EventFD  // ends watch, when all is done
+	stopped bool          // Close has been called
+	ended   chan struct{} // watch has returned
+}
+
+// Indices of flights.notified.
+const (
+	byPage = iota // the kernel sent the pages
+	byCopy        // and here it copied them after all
+)
+
+// newFlights opens an io_uring for up to pending frames.
+func newFlights(pending int, p Policy) (*flights, error) {
+	// Every send has two completions; the requests of one batch come on top of what is in flight.
+	ring, err := uring.New(batchSends, 2*(pending+batchSends))
+	if err != nil {
+		return nil, err
+	}
+	stop, err := sys.NewEventFD()
+	if err != nil {
+		_ = ring.Close()
+		return nil, err
+	}
+	f := &flights{
+		ring: ring, slots: make([]flight, pending), throttle: throttle{always: p == On},
+		start: make(chan struct{}, 1), stop: stop, ended: make(chan struct{}),
+	}
+	for i := range f.slots {
+		f.free = append(f.free, i)
+	}
+	go f.watch()
+	return f, nil
+}
+
+// take finds a slot for b, or says why there is none.
+func (f *flights) take(b *zerocopy.Buffer) (slot int, o zerocopy.Outcome) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	n := len(f.free)
+	switch {
+	case n == 0:
+		return 0, zerocopy.CopiedCap
+	case !f.throttle.allow():
+		return 0, zerocopy.CopiedFallback
+	}
+	slot = f.free[n-1]
+	f.free = f.free[:n-1]
+	f.slots[slot].buf, f.slots[slot].refused = b, false
+	f.most = max(f.most, len(f.slots)-len(f.free))
+	f.out.Add(1)
+	return slot, zerocopy.ZeroCopied
+}
+
+// page is private memory of a slot: one page, of which no part lies in another.
+func (f *flights) page(slot int) []byte {
+	s := &f.slots[slot] // the worker's own until it is launched
+	if s.page == nil {
+		m := make([]byte, 2*sys.PageSize)
+		off := (sys.PageSize - sys.PageOffset(m)) % sys.PageSize
+		s.page = m[off : off+sys.PageSize : off+sys.PageSize]
+	}
+	return s.page
+}
+
+// launch hands frames to the kernel, and returns how many frames were refused.
+func (f *flights) launch(p *pageSends) (refused uint64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.turns++
+	for i := 0; i < p.msgs.Len(); {
+		first := i
+		for ; i < p.msgs.Len() && f.ring.SendmsgZC(p.fds[i], p.msgs.Header(i), uint64(p.slots[i])); i++ {
+		}
+		// The ring's own failure (memory) is the end of the frames that it did not take: they were not sent.
+		if lost, err := f.ring.Submit(); err != nil {
+			for _, slot := range p.slots[max(first, i-lost):i] {
+				f.end(slot, zerocopy.Dropped)
+				refused++
+			}
+		}
+		refused += f.reap()
+	}
+	if f.out.Load() > 0 {
+		select {
+		case f.start <- struct{}{}:
+		default:
+		}
+	}
+	return refused
+}
+
+// turn looks for completions on the worker's behalf.
+func (f *flights) turn() (refused uint64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.turns++
+	f.ring.Poke()
+	refused, f.lost = f.lost, 0
+	return refused + f.reap()
+}
+
+// reap takes all completions, and returns how many frames turned out to be refused. f is locked.
+func (f *flights) reap() (refused uint64) {
+	for {
+		c, ok := f.ring.Next()
+		if !ok {
+			return refused
+		}
+		slot := int(c.Data)
+		s := &f.slots[slot]
+		switch {
+		case !c.Notif() && c.Errno() != 0:
+			refused++
+			f.throttle.giveBack()
+			if s.refused = true; !c.More() {
+				f.end(slot, zerocopy.Dropped)
+			}
+		case !c.Notif() && !c.More():
+			f.end(slot, zerocopy.Copied) // sent, and the kernel never referred to its pages
+		case !c.Notif():
+		case s.refused:
+			f.end(slot, zerocopy.Dropped)
+		case c.Copied():
+			f.notified[byCopy]++
+			f.throttle.report(true)
+			f.end(slot, zerocopy.CopiedAnyway)
+		default:
+			f.notified[byPage]++
+			f.throttle.report(false)
+			f.end(slot, zerocopy.ZeroCopied)
+		}
+	}
+}
+
+// end releases a frame and frees its slot. f is locked.
+func (f *flights) end(slot int, o zerocopy.Outcome) {
+	s := &f.slots[slot]
+	b := s.buf
+	if b == nil {
+		panic(fmt.Sprintf("bug: slot %d of %d completed without a frame", slot, len(f.slots)))
+	}
+	s.buf = nil
+	f.free = append(f.free, slot)
+	f.out.Add(-1)
+	b.Release(o)
+}
+
+// watch takes completions that the worker does not take, until close and the last of them.
+func (f *flights) watch() {
+	defer close(f.ended)
+	for range f.start {
+		for f.look() {
+		}
+	}
+	if err := f.ring.Close(); err != nil {
+		panic("bug: closing an io_uring: " + err.Error())
+	}
+	_ = f.stop.Close()
+}
+
+// look waits for a completion, takes it if the worker does not, and reports whether any frame is left.
+func (f *flights) look() bool {
+	fds := [2]unix.PollFd{{Fd: int32(f.ring.FD()), Events: unix.POLLIN}, {Fd: int32(f.stop.FD()), Events: unix.POLLIN}}
+	_, stopped := f.state()
+	if stopped {
+		fds[1].Fd = -1 // it has done its work
+	}
+	if f.out.Load() > 0 {
+		_, _ = unix.Poll(fds[:], -1) // whatever ends it, we look
+	}
+	seen, stopped := f.state()
+	if !stopped {
+		time.Sleep(watchNap)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.turns == seen {
+		f.lost += f.reap()
+	}
+	return f.out.Load() > 0
+}
+
+func (f *flights) state() (turns uint64, stopped bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.turns, f.stopped
+}
+
+// close waits for all frames, up to d, and returns how many the kernel still refers to. watch ends with the last of them.
+func (f *flights) close(d time.Duration) (held int, refused uint64) {
+	f.mu.Lock()
+	f.stopped = true
+	f.mu.Unlock()
+	f.stop.Signal()
+	close(f.start)
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-f.ended:
+	case <-timer.C:
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	refused, f.lost = f.lost, 0
+	return int(f.out.Load()), refused
+}
+
+// FlightStats are what became of frames that left without a copy.
+type FlightStats struct {
+	ByPage, ByCopy uint64 // the kernel's reports: sent from the pages, or copied after all
+	InFlight, Most int    // frames in the kernel's hands, now and at most
+	Pauses, Probes uint64 // of the throttle
+}
+
+func (f *flights) stats() FlightStats {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return FlightStats{
+		ByPage: f.notified[byPage], ByCopy: f.notified[byCopy], InFlight: int(f.out.Load()), Most: f.most,
+		Pauses: f.throttle.Pauses, Probes: f.throttle.Probes,
+	}
+}

@@ -1,0 +1,297 @@
+package udp
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Defaults, and bounds of what can be asked for.
+const (
+	// DefaultZeroCopyMin in bytes lies between the sizes from which a send without a copy took less CPU here than one with: 3 KiB
+	// of memory that is in no cache, and 8 KiB of memory that is.
+	DefaultZeroCopyMin     = 4096
+	DefaultZeroCopyPending = 256
+	DefaultPorts           = 8
+	DefaultDrain           = time.Second
+
+	maxPending = 4096
+	maxPorts   = 64
+	maxRemotes = 256
+	minMTU     = 68
+	maxMTU     = 65535 - 20 - 8 - etherHdr // of the guest: no datagram is longer
+)
+
+// Policy says when frames leave without a copy.
+type Policy uint8
+
+// The policies.
+const (
+	Auto Policy = iota // from a size on, for as long as the kernel does not copy all the same
+	On                 // always, whatever the kernel does with it
+	Off                // never
+)
+
+var policies = []string{"auto", "on", "off"}
+
+// String is the policy's name in options.
+func (p Policy) String() string { return policies[p] }
+
+// Options say how the network is reached.
+type Options struct {
+	Mode    Mode
+	VNI     uint32           // of VXLAN and Geneve: 0 to 2^24-1
+	Local   netip.AddrPort   // address to send from and receive at; the zero address is any, port 0 is Port
+	Remotes []netip.AddrPort // peers, at least one, of Local's family; port 0 is Port
+	Port    uint16           // that Local and Remotes have where they say none; 0 is the mode's own
+	Dev     string           // the interface that the datagrams are bound to, or ""
+	MTU     int              // of the guest, in bytes; 0 is what the path to the peers has room for
+	NoLearn bool             // frames go to all peers, whatever comes from where
+	Ports   int              // source ports that flows are spread over; 0 is DefaultPorts. Dgram has one, Local's
+
+	ZeroCopy        Policy
+	ZeroCopyMin     int           // bytes; 0 is DefaultZeroCopyMin. With On there is no least
+	ZeroCopyPending int           // frames in the kernel's hands at most; 0 is DefaultZeroCopyPending
+	Drain           time.Duration // that Close waits for the kernel at most; 0 is DefaultDrain
+}
+
+// keys are the options in a string, in the order in which they are listed to people.
+var keys = []struct {
+	name, value string
+	modes       []Mode
+	parse       func(*Options, string) error
+}{
+	{"vni", "N", tunnels, func(o *Options, v string) error { n, err := number(v, 0, maxVNI); o.VNI = uint32(n); return err }},
+	{"local", "ADDR[:PORT]", all, func(o *Options, v string) (err error) { o.Local, err = address(v); return }},
+	{"remote", "ADDR[:PORT][;ADDR...]", all, parseRemotes},
+	{"port", "N", tunnels, parsePort},
+	{"dev", "NAME", all, func(o *Options, v string) error { o.Dev = v; return checkName(v) }},
+	{"mtu", "BYTES", all, func(o *Options, v string) (err error) { o.MTU, err = number(v, minMTU, maxMTU); return }},
+	{"learning", "on|off", tunnels, parseLearning},
+	{"ports", "N", tunnels, func(o *Options, v string) (err error) { o.Ports, err = number(v, 1, maxPorts); return }},
+	{"zerocopy", "auto|on|off", all, parsePolicy},
+	{"zerocopy-min", "BYTES", all, func(o *Options, v string) (err error) { o.ZeroCopyMin, err = number(v, 1, 65535); return }},
+	{"zerocopy-pending", "N", all, func(o *Options, v string) (err error) { o.ZeroCopyPending, err = number(v, 1, maxPending); return }},
+}
+
+var (
+	tunnels = []Mode{VXLAN, Geneve}
+	all     = []Mode{VXLAN, Geneve, Dgram}
+)
+
+// ParseOptions reads the form of the command line:
+//
+//	vxlan:vni=42,local=10.0.0.1,remote=10.0.0.2;10.0.0.3
+//	dgram:local=127.0.0.1:7001,remote=127.0.0.1:7002
+func ParseOptions(s string) (Options, error) {
+	o, err := parse(s)
+	if err != nil {
+		return Options{}, fmt.Errorf("udp options %q: %w", s, err)
+	}
+	return o, nil
+}
+
+func parse(s string) (o Options, err error) {
+	name, rest, _ := strings.Cut(s, ":")
+	for _, m := range all {
+		if m.String() == name {
+			o.Mode = m
+		}
+	}
+	if o.Mode == 0 {
+		return o, fmt.Errorf("unknown mode %q: known are vxlan, geneve and dgram", name)
+	}
+	seen := map[string]bool{}
+	for part := range strings.SplitSeq(rest, ",") {
+		key, value, ok := strings.Cut(part, "=")
+		switch {
+		case part == "":
+			continue
+		case !ok:
+			return o, fmt.Errorf("%q: want KEY=VALUE, of %s", part, o.Mode.known())
+		case seen[key] && key != "remote":
+			return o, fmt.Errorf("%s is given twice", key)
+		}
+		seen[key] = true
+		if err := o.set(key, value); err != nil {
+			return o, err
+		}
+	}
+	if o.Mode != Dgram && !seen["vni"] {
+		return o, fmt.Errorf("vni=N is missing: the number of the network, 0 to %d", maxVNI)
+	}
+	_, err = o.complete()
+	return o, err
+}
+
+func (o *Options) set(key, value string) error {
+	for _, k := range keys {
+		if k.name != key || !slices.Contains(k.modes, o.Mode) {
+			continue
+		}
+		if err := k.parse(o, value); err != nil {
+			return fmt.Errorf("%s=%s: %w", key, value, err)
+		}
+		return nil
+	}
+	return fmt.Errorf("unknown key %q: known are %s", key, o.Mode.known())
+}
+
+// known lists the keys of a mode.
+func (m Mode) known() string {
+	var list []string
+	for _, k := range keys {
+		if slices.Contains(k.modes, m) {
+			list = append(list, k.name+"="+k.value)
+		}
+	}
+	return strings.Join(list, ", ")
+}
+
+// complete returns o with what was left out, unless something contradicts itself.
+func (o Options) complete() (Options, error) {
+	port := o.Port
+	if port == 0 {
+		port = map[Mode]uint16{VXLAN: vxlanPort, Geneve: genevePort}[o.Mode]
+	}
+	if len(o.Remotes) == 0 || len(o.Remotes) > maxRemotes {
+		return o, fmt.Errorf("%d peers, want 1 to %d: name them with remote=", len(o.Remotes), maxRemotes)
+	}
+	o.Remotes = slices.Clone(o.Remotes)
+	for i, r := range o.Remotes {
+		if r.Port() == 0 {
+			r = netip.AddrPortFrom(r.Addr(), port)
+		}
+		switch {
+		case r.Port() == 0:
+			return o, fmt.Errorf("peer %s has no port: want remote=ADDR:PORT", r.Addr())
+		case r.Addr().IsMulticast() || r.Addr().IsUnspecified() || r.Addr() == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+			return o, fmt.Errorf("peer %s is not one host: name every peer, frames for all are sent to each", r.Addr())
+		case r.Addr().Is4() != o.Remotes[0].Addr().Is4() || o.Local.Addr().IsValid() && r.Addr().Is4() != o.Local.Addr().Is4():
+			return o, errors.New("addresses must be all IPv4 or all IPv6")
+		case slices.Contains(o.Remotes[:i], r):
+			return o, fmt.Errorf("peer %s is given twice", r)
+		}
+		o.Remotes[i] = r
+	}
+	if !o.Local.Addr().IsValid() {
+		any4, any6 := netip.IPv4Unspecified(), netip.IPv6Unspecified()
+		o.Local = netip.AddrPortFrom(any4, port)
+		if o.Remotes[0].Addr().Is6() {
+			o.Local = netip.AddrPortFrom(any6, port)
+		}
+	}
+	if o.Local.Port() == 0 {
+		o.Local = netip.AddrPortFrom(o.Local.Addr(), port)
+	}
+	return o.checkNumbers()
+}
+
+func (o Options) checkNumbers() (Options, error) {
+	switch {
+	case o.Mode == Dgram && len(o.Remotes) != 1:
+		return o, fmt.Errorf("dgram has one peer, not %d", len(o.Remotes))
+	case o.Mode == Dgram && o.Local.Port() == 0:
+		return o, errors.New("local=ADDR:PORT is missing: where the peer sends to")
+	case o.VNI > maxVNI:
+		return o, fmt.Errorf("vni %d, at most %d", o.VNI, maxVNI)
+	case o.ZeroCopy == Off && (o.ZeroCopyMin != 0 || o.ZeroCopyPending != 0):
+		return o, errors.New("zerocopy=off leaves nothing for zerocopy-min and zerocopy-pending to say")
+	case o.ZeroCopy == On && o.ZeroCopyMin != 0:
+		return o, errors.New("zerocopy=on knows no least size: zerocopy-min is for auto")
+	}
+	def := func(v *int, d int) {
+		if *v == 0 {
+			*v = d
+		}
+	}
+	def(&o.ZeroCopyMin, DefaultZeroCopyMin)
+	def(&o.ZeroCopyPending, DefaultZeroCopyPending)
+	def(&o.Ports, DefaultPorts)
+	if o.Drain == 0 {
+		o.Drain = DefaultDrain
+	}
+	if o.ZeroCopy == On {
+		o.ZeroCopyMin = 1
+	}
+	if o.ZeroCopyPending < 1 || o.ZeroCopyPending > maxPending || o.Ports < 1 || o.Ports > maxPorts {
+		return o, fmt.Errorf("%d frames pending, want 1 to %d; %d ports, want 1 to %d", o.ZeroCopyPending, maxPending, o.Ports, maxPorts)
+	}
+	return o, nil
+}
+
+func number(s string, lo, hi int) (int, error) {
+	n, err := strconv.Atoi(s)
+	if err != nil || n < lo || n > hi {
+		return 0, fmt.Errorf("want a number from %d to %d", lo, hi)
+	}
+	return n, nil
+}
+
+// address reads 10.0.0.1, 10.0.0.1:4789, fd00::1 and [fd00::1]:4789.
+func address(s string) (netip.AddrPort, error) {
+	if a, err := netip.ParseAddr(s); err == nil {
+		return plain(netip.AddrPortFrom(a, 0))
+	}
+	a, err := netip.ParseAddrPort(s)
+	if err != nil {
+		return a, errors.New("want an address like 10.0.0.1, 10.0.0.1:4789, fd00::1 or [fd00::1]:4789")
+	}
+	return plain(a)
+}
+
+func plain(a netip.AddrPort) (netip.AddrPort, error) {
+	if a.Addr().Zone() != "" {
+		return a, errors.New("no zone, please: name the interface with dev=")
+	}
+	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()), nil
+}
+
+func parseRemotes(o *Options, v string) error {
+	for s := range strings.SplitSeq(v, ";") {
+		a, err := address(s)
+		if err != nil {
+			return err
+		}
+		o.Remotes = append(o.Remotes, a)
+	}
+	return nil
+}
+
+// parsePort sets the port that local= and remote= leave open. It may come before local=.
+func parsePort(o *Options, v string) error {
+	n, err := number(v, 1, 65535)
+	o.Port = uint16(n)
+	return err
+}
+
+func parseLearning(o *Options, v string) error {
+	if v != "on" && v != "off" {
+		return errors.New("want on or off")
+	}
+	o.NoLearn = v == "off"
+	return nil
+}
+
+func parsePolicy(o *Options, v string) error {
+	i := slices.Index(policies, v)
+	if i < 0 {
+		return fmt.Errorf("want %s", strings.Join(policies, ", "))
+	}
+	o.ZeroCopy = Policy(i)
+	return nil
+}
+
+// checkName holds a name to the kernel's rule for interfaces (dev_valid_name).
+func checkName(s string) error {
+	if s == "" || len(s) >= unix.IFNAMSIZ || s == "." || s == ".." || strings.ContainsAny(s, "/: \t\n\v\f\r") {
+		return fmt.Errorf("%q is no interface name: want 1 to %d characters without blanks, / and :", s, unix.IFNAMSIZ-1)
+	}
+	return nil
+}
