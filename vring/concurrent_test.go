@@ -21,6 +21,12 @@ func TestRingConcurrently(t *testing.T) {
 		{4, virtio.FIndirectDesc},
 		{64, virtio.FEventIdx | virtio.FIndirectDesc | virtio.FInOrder},
 		{32768, virtio.FEventIdx},
+		{256, virtio.FRingPacked},
+		{256, virtio.FRingPacked | virtio.FEventIdx},
+		{5, virtio.FRingPacked | virtio.FEventIdx},
+		{3, virtio.FRingPacked | virtio.FIndirectDesc},
+		{61, virtio.FRingPacked | virtio.FEventIdx | virtio.FIndirectDesc | virtio.FInOrder},
+		{32768, virtio.FRingPacked | virtio.FEventIdx},
 	} {
 		t.Run(c.f.String(), func(t *testing.T) {
 			r := newRig(t, c.size, c.f)
@@ -86,7 +92,7 @@ func ask(t *testing.T, r *rig, chains int, kick, call chan struct{}) {
 	for i := range cap(free) {
 		free = append(free, i*slot)
 	}
-	at := make([]int, r.drv.Size()) // by id: offset of its slot
+	at := make([]int, r.drv.Size()) // by id: offset of its memory
 	number := make([]uint64, r.drv.Size())
 	for sent, got := 0, 0; got < chains; {
 		for sent < chains && len(free) > 0 {

@@ -6,7 +6,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/vhostd/vhostd/guestmem"
 	"github.com/vhostd/vhostd/virtio"
 )
 
@@ -227,15 +226,5 @@ func conformInOrder(t *testing.T) {
 		for _, id := range ids {
 			r.reap(id, 0) // the Driver checks the order
 		}
-	}
-}
-
-// TestDeviceFeatureRefused: what this ring is not is an error, not a guess.
-func TestDeviceFeatureRefused(t *testing.T) {
-	r := newRig(t, 8, 0)
-	cfg := r.cfg
-	cfg.Features = virtio.FRingPacked
-	if _, err := NewDevice(cfg, guestmem.NewView(r.table, nil)); err == nil {
-		t.Error("a packed ring was accepted as a split one")
 	}
 }

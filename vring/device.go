@@ -2,6 +2,7 @@ package vring
 
 import (
 	"fmt"
+	"math/bits"
 
 	"github.com/vhostd/vhostd/guestmem"
 	"github.com/vhostd/vhostd/internal/shm"
@@ -9,29 +10,36 @@ import (
 )
 
 // Config says what a Device is made of. Desc, Avail and Used are the memory of the three parts; they may be longer than
-// virtio.DescTableLen, AvailLen and UsedLen, which is all that is used of them.
+// virtio.DescTableLen, AvailLen and UsedLen, which is all that is used of them. With VIRTIO_F_RING_PACKED they are the descriptor ring, and
+// the event suppression structures of driver and device.
 type Config struct {
-	Size              int // descriptors: a power of two, 1 to virtio.MaxQueueSize
+	Size              int // descriptors: 1 to virtio.MaxQueueSize, a power of two for a split ring
 	Desc, Avail, Used []byte
-	UsedLogAddr       guestmem.GPA // the used ring's address for the dirty log, if LogUsed
-	LogUsed           bool         // tell the dirty log of writes to the used ring
+	DescLogAddr       guestmem.GPA // the address of Desc for the dirty log, if LogUsed and packed
+	UsedLogAddr       guestmem.GPA // the address of Used for the dirty log, if LogUsed
+	LogUsed           bool         // tell the dirty log of writes to the ring
 	Features          virtio.Features
-	Base              uint16 // index of the first available entry to pop, as in SET_VRING_BASE
+
+	// Base is the index of the first available entry to pop, as in SET_VRING_BASE. Of a packed ring it is an offset in bits 0 to 14 and a
+	// wrap counter in bit 15, and UsedBase is the same for used descriptors: what lies between the two was popped by an earlier back-end
+	// that did not return it. If the descriptor at UsedBase is available still, popping starts there; else UsedBase is not heeded.
+	Base, UsedBase uint16
 }
 
-// Device is the device end of a split virtqueue.
+// Device is the device end of a virtqueue, split or packed.
 type Device struct {
 	// Pop and Put: what every packet touches.
 	heads     []uint16      // avail.ring; the driver writes it
 	desc      []virtio.Desc // descriptor table; the driver writes it
 	view      guestmem.View
-	next      uint16 // available entry to pop next
-	avail     uint16 // avail.idx when last looked at
-	mask      uint16 // queue size - 1
-	usedNext  uint16 // used entry to write next
-	published uint16 // used.idx
-	usedFlags uint16 // used.flags
-	used      []virtio.UsedElem
+	next      uint16            // available entry to pop next
+	avail     uint16            // avail.idx when last looked at
+	mask      uint16            // queue size - 1
+	usedNext  uint16            // used entry to write next
+	published uint16            // used.idx
+	usedFlags uint16            // used.flags
+	used      []virtio.UsedElem // the used ring; of a packed ring, what was Put and not published
+	packed    *packedDevice     // nil: a split ring
 
 	// Publish, NeedsCall, EnableKick: what every batch touches.
 	usedWord      *uint32 // used.flags and used.idx
@@ -46,19 +54,19 @@ type Device struct {
 	usedEvent     shm.IndexWord
 	availEvent    *uint16
 	logAddr       guestmem.GPA
+	descLogAddr   guestmem.GPA
+	size          int
 
 	scratch []virtio.Desc // copy of an indirect table that cannot be read in place
 	err     error
 }
 
-// NewDevice returns the device end of the ring in cfg, whose buffers view translates. The index of the first used entry is read
+// NewDevice returns the device end of the ring in cfg, whose buffers view translates. The index of a split ring's first used entry is read
 // from the used ring, as it is the only record of what an earlier back-end returned.
 func NewDevice(cfg Config, view guestmem.View) (*Device, error) {
-	if err := checkSize(cfg.Size); err != nil {
+	packed := cfg.Features.Has(virtio.FRingPacked)
+	if err := CheckSize(cfg.Size, packed); err != nil {
 		return nil, err
-	}
-	if cfg.Features.Has(virtio.FRingPacked) {
-		return nil, fmt.Errorf("a split ring with the feature %v", virtio.FRingPacked)
 	}
 	if view.Table() == nil {
 		panic("bug: a device queue without guest memory")
@@ -67,13 +75,18 @@ func NewDevice(cfg Config, view guestmem.View) (*Device, error) {
 		view:          view,
 		next:          cfg.Base,
 		avail:         cfg.Base,
-		mask:          uint16(cfg.Size - 1),
+		mask:          uint16(Slots(cfg.Size) - 1),
+		size:          cfg.Size,
 		unknown:       1 << 16,
 		logUsed:       cfg.LogUsed,
 		logAddr:       cfg.UsedLogAddr,
+		descLogAddr:   cfg.DescLogAddr,
 		eventIdx:      cfg.Features.Has(virtio.FEventIdx),
 		notifyOnEmpty: cfg.Features.Has(virtio.FNotifyOnEmpty),
 		indirect:      cfg.Features.Has(virtio.FIndirectDesc),
+	}
+	if packed {
+		return d.openPacked(cfg)
 	}
 	if err := d.Rebind(cfg.Desc, cfg.Avail, cfg.Used); err != nil {
 		return nil, err
@@ -87,17 +100,28 @@ func NewDevice(cfg Config, view guestmem.View) (*Device, error) {
 	return d, nil
 }
 
-// checkSize refuses a queue size that a split ring cannot have.
-func checkSize(n int) error {
-	if n < 1 || n > virtio.MaxQueueSize || n&(n-1) != 0 {
-		return fmt.Errorf("queue size %d, must be a power of two from 1 to %d", n, virtio.MaxQueueSize)
+// CheckSize refuses a queue size in descriptors that a ring cannot have: that of a split ring is a power of two (virtio-v1.2 §2.7), that of a
+// packed ring need not be (§2.8).
+func CheckSize(n int, packed bool) error {
+	switch {
+	case n >= 1 && n <= virtio.MaxQueueSize && (packed || n&(n-1) == 0):
+		return nil
+	case packed:
+		return fmt.Errorf("queue size %d, must be from 1 to %d", n, virtio.MaxQueueSize)
 	}
-	return nil
+	return fmt.Errorf("queue size %d, must be a power of two from 1 to %d", n, virtio.MaxQueueSize)
 }
+
+// Slots is the least power of two that is not below the queue size n: the length of a ring that holds every chain of the queue and is
+// indexed with a mask.
+func Slots(n int) int { return 1 << bits.Len(uint(n-1)) }
 
 // Rebind gives the Device a new mapping of the same ring memory. On error nothing has changed.
 func (d *Device) Rebind(desc, avail, used []byte) error {
-	p, err := newParts(int(d.mask)+1, desc, avail, used)
+	if d.packed != nil {
+		return d.rebindPacked(desc, avail, used)
+	}
+	p, err := newParts(d.size, desc, avail, used)
 	if err != nil {
 		return err
 	}
@@ -113,14 +137,25 @@ func (d *Device) SetView(v guestmem.View) { d.view = v }
 // View translates the addresses of this queue's buffers.
 func (d *Device) View() *guestmem.View { return &d.view }
 
-// Base is the index of the available entry that Pop takes next, as GET_VRING_BASE answers.
-func (d *Device) Base() uint16 { return d.next }
+// Base is the index of the available entry that Pop takes next, as GET_VRING_BASE answers; of a packed ring, as in Config.
+func (d *Device) Base() uint16 {
+	if d.packed != nil {
+		return d.packed.next.offWrap()
+	}
+	return d.next
+}
 
-// UsedIndex is used.idx: how many used entries the driver can see, modulo 1<<16.
-func (d *Device) UsedIndex() uint16 { return d.published }
+// UsedIndex is used.idx: how many used entries the driver can see, modulo 1<<16. Of a packed ring it is where the next used descriptor goes, as
+// Config.UsedBase.
+func (d *Device) UsedIndex() uint16 {
+	if d.packed != nil {
+		return d.packed.used.offWrap()
+	}
+	return d.published
+}
 
 // Size is the queue size in descriptors.
-func (d *Device) Size() int { return int(d.mask) + 1 }
+func (d *Device) Size() int { return d.size }
 
 // Err says why the ring is Broken; it is nil until then.
 func (d *Device) Err() error { return d.err }

@@ -18,10 +18,10 @@ type Buf struct {
 
 // DriverConfig says what a Driver is made of. The memory is the guest's, as for Config; the available ring must be 4-aligned.
 type DriverConfig struct {
-	Size              int // descriptors: a power of two, 1 to virtio.MaxQueueSize
+	Size              int // descriptors: 1 to virtio.MaxQueueSize, a power of two for a split ring
 	Desc, Avail, Used []byte
 	Features          virtio.Features
-	Base              uint16 // both ring indices start here; a guest's start at 0
+	Base              uint16 // both ring indices start here, as in Config; a guest's start at 0, with wrap counter 1 if packed
 
 	// With VIRTIO_F_INDIRECT_DESC: Size tables of IndirectLen descriptors each, one for each head. Chains of 2 to IndirectLen
 	// buffers then take one descriptor of the ring.
@@ -33,16 +33,18 @@ type DriverConfig struct {
 // ErrFull is returned by Add when the ring lacks the descriptors that the chain takes: Reap first.
 var ErrFull = errors.New("not enough free descriptors")
 
-// Driver is the driver end of a split virtqueue.
+// Driver is the driver end of a virtqueue, split or packed.
 type Driver struct {
 	parts
-	availWord  *uint32 // avail.flags and avail.idx, driver writes
-	eventField *uint16 // used_event, driver writes
+	packed     *packedDriver // nil: a split ring
+	availWord  *uint32       // avail.flags and avail.idx, driver writes
+	eventField *uint16       // used_event, driver writes
 
 	tables       []virtio.Desc // all indirect tables, one after the other
 	tableLen     int
 	indirectAddr guestmem.GPA
 
+	size      int
 	mask      uint16
 	eventIdx  bool
 	inOrder   bool
@@ -73,35 +75,48 @@ type sent struct {
 
 // NewDriver initializes the memory in cfg as an empty ring and returns its driver end. The device end is made after it.
 func NewDriver(cfg DriverConfig) (*Driver, error) {
-	if err := checkSize(cfg.Size); err != nil {
+	packed := cfg.Features.Has(virtio.FRingPacked)
+	if err := CheckSize(cfg.Size, packed); err != nil {
 		return nil, err
 	}
-	p, err := newParts(cfg.Size, cfg.Desc, cfg.Avail, cfg.Used)
-	if err != nil {
-		return nil, err
-	}
-	n := cfg.Size
+	n, slots := cfg.Size, Slots(cfg.Size)
 	d := &Driver{
-		parts: p, mask: uint16(n - 1), indirectAddr: cfg.IndirectAddr,
+		size: n, mask: uint16(slots - 1), indirectAddr: cfg.IndirectAddr,
 		eventIdx: cfg.Features.Has(virtio.FEventIdx), inOrder: cfg.Features.Has(virtio.FInOrder),
 		next: cfg.Base, published: cfg.Base, reaped: cfg.Base, seen: cfg.Base,
-		free: make([]uint16, n), freeLen: n, after: make([]uint16, n), out: make([]sent, n), order: make([]uint16, n),
+		free: make([]uint16, slots), freeLen: n, after: make([]uint16, n), out: make([]sent, n), order: make([]uint16, slots),
 	}
 	for i := range d.free {
 		d.free[i] = uint16(i)
 	}
-	if d.availWord, err = shm.Word(cfg.Avail, offFlags); err != nil {
-		return nil, fmt.Errorf("available ring: %w", err)
-	}
-	d.eventField = &view[uint16](cfg.Avail[offUsedEvent(n):], 1)[0]
 	if cfg.Features.Has(virtio.FIndirectDesc) && cfg.IndirectLen > 0 {
+		var err error
 		if d.tables, err = shm.View[virtio.Desc](cfg.Indirect, n*cfg.IndirectLen); err != nil {
 			return nil, fmt.Errorf("indirect tables: %w", err)
 		}
 		d.tableLen = cfg.IndirectLen
 	}
-	d.initMemory()
+	open := d.openSplit
+	if packed {
+		open = d.openPacked
+	}
+	if err := open(cfg); err != nil {
+		return nil, err
+	}
 	return d, nil
+}
+
+// openSplit makes d the driver end of the split ring in cfg: an empty one.
+func (d *Driver) openSplit(cfg DriverConfig) (err error) {
+	if d.parts, err = newParts(d.size, cfg.Desc, cfg.Avail, cfg.Used); err != nil {
+		return err
+	}
+	if d.availWord, err = shm.Word(cfg.Avail, offFlags); err != nil {
+		return fmt.Errorf("available ring: %w", err)
+	}
+	d.eventField = &view[uint16](cfg.Avail[offUsedEvent(d.size):], 1)[0]
+	d.initMemory()
+	return nil
 }
 
 // initMemory writes an empty ring. Both events are at the start: each side's first entry comes with a notification.
@@ -121,8 +136,11 @@ func (d *Driver) storeWord() {
 }
 
 // Add writes a chain that the device cannot see yet: readable buffers, then writable ones, at least one in all. The id that it returns
-// is the chain's head, which Reap will return.
+// is the chain's head, which Reap will return; of a packed ring, its buffer id.
 func (d *Driver) Add(readable, writable []Buf) (id uint16, err error) {
+	if d.packed != nil {
+		return d.addPacked(readable, writable)
+	}
 	n := len(readable) + len(writable)
 	indirect := n > 1 && n <= d.tableLen
 	need := n
@@ -132,8 +150,8 @@ func (d *Driver) Add(readable, writable []Buf) (id uint16, err error) {
 	switch {
 	case n == 0:
 		return 0, errors.New("chain without buffers")
-	case need > len(d.desc):
-		return 0, fmt.Errorf("chain of %d buffers, queue size %d", n, len(d.desc))
+	case need > d.size:
+		return 0, fmt.Errorf("chain of %d buffers, queue size %d", n, d.size)
 	case need > d.freeLen:
 		return 0, ErrFull
 	}
@@ -186,9 +204,8 @@ func (d *Driver) addDirect(readable, writable []Buf) {
 
 func (d *Driver) addIndirect(readable, writable []Buf) {
 	id := d.take()
-	first := int(id) * d.tableLen
 	n := len(readable) + len(writable)
-	table := d.tables[first : first+n]
+	at, table := d.tableOf(id, n)
 	for i := range table {
 		desc := pick(readable, writable, i)
 		if i+1 < n {
@@ -197,13 +214,21 @@ func (d *Driver) addIndirect(readable, writable []Buf) {
 		}
 		table[i] = desc
 	}
-	d.desc[id] = virtio.Desc{
-		Addr: uint64(d.indirectAddr) + uint64(first)*virtio.DescSize, Len: uint32(n * virtio.DescSize), Flags: virtio.DescIndirect,
-	}
+	d.desc[id] = virtio.Desc{Addr: at, Len: uint32(n * virtio.DescSize), Flags: virtio.DescIndirect}
+}
+
+// tableOf is the first n descriptors of the indirect table of id, and their guest address.
+func (d *Driver) tableOf(id uint16, n int) (at uint64, table []virtio.Desc) {
+	first := int(id) * d.tableLen
+	return uint64(d.indirectAddr) + uint64(first)*virtio.DescSize, d.tables[first : first+n]
 }
 
 // Publish makes every chain added so far available to the device (virtio-v1.2 §2.7.13).
 func (d *Driver) Publish() {
+	if d.packed != nil {
+		d.publishPacked()
+		return
+	}
 	n := d.next - d.published
 	if n == 0 {
 		return
@@ -221,6 +246,9 @@ func (d *Driver) NeedsKick() bool {
 		return false
 	}
 	d.owed = 0
+	if d.packed != nil {
+		return d.needsKickPacked(n)
+	}
 	if d.eventIdx {
 		return crossed(d.availNotify.Load(), d.published, n)
 	}
@@ -234,7 +262,7 @@ func (d *Driver) Free() int { return d.freeLen }
 func (d *Driver) Out() int { return int(d.next - d.reaped) }
 
 // Size is the queue size in descriptors.
-func (d *Driver) Size() int { return len(d.desc) }
+func (d *Driver) Size() int { return d.size }
 
 // Err says what the device did wrong; Reap returns nothing from then on.
 func (d *Driver) Err() error { return d.err }

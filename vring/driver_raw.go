@@ -3,12 +3,13 @@ package vring
 import (
 	"sync/atomic"
 
+	"github.com/vhostd/vhostd/internal/shm"
 	"github.com/vhostd/vhostd/virtio"
 )
 
 // The Raw methods reach into the ring's memory behind the Driver's back: to play a driver that breaks the rules.
 
-// RawDesc is the descriptor table.
+// RawDesc is the descriptor table; a packed ring has none, nor what RawAvail, RawUsed, RawUsedFlags and RawAvailEvent return.
 func (d *Driver) RawDesc() []virtio.Desc { return d.desc }
 
 // RawAvail is the ring of heads in the available ring.
@@ -31,8 +32,18 @@ func (d *Driver) RawSetAvailIndex(idx uint16) {
 	atomic.StoreUint32(d.availWord, uint32(idx)<<16|uint32(d.flags))
 }
 
-// RawUsedIndex is used.idx as it stands in memory.
-func (d *Driver) RawUsedIndex() uint16 { return d.usedIdx.Load() }
+// RawUsedIndex is used.idx as it stands in memory. Of a packed ring it is the place, as in Config.UsedBase, behind the last used descriptor.
+func (d *Driver) RawUsedIndex() uint16 {
+	if d.packed != nil {
+		return d.usedIndexPacked()
+	}
+	return d.usedIdx.Load()
+}
+
+// RawPacked is the descriptor ring of a packed ring.
+func (d *Driver) RawPacked() []virtio.PackedDesc {
+	return view[virtio.PackedDesc](shm.Bytes(d.packed.ring), d.size)
+}
 
 // RawUsedFlags is used.flags as it stands in memory.
 func (d *Driver) RawUsedFlags() uint16 { return d.parts.usedFlags.Load() }

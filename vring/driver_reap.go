@@ -10,6 +10,9 @@ import (
 // Reap takes back a chain that the device has used: its id, and how many bytes the device says it wrote. It returns ok = false when
 // there is none, or when the device broke the rules: then Err says how.
 func (d *Driver) Reap() (id uint16, written uint32, ok bool) {
+	if d.packed != nil {
+		return d.reapPacked()
+	}
 	if d.reaped == d.seen && !d.look() {
 		return 0, 0, false
 	}
@@ -48,15 +51,23 @@ func (d *Driver) fail(format string, args ...any) bool {
 // usedAt reads the used entry of index i and checks it.
 func (d *Driver) usedAt(i uint16) (id uint16, written uint32, ok bool) {
 	elem := d.used[i&d.mask]
-	switch {
-	case elem.ID >= uint32(len(d.out)):
-		return 0, 0, d.fail("used id %d, queue size %d", elem.ID, len(d.out))
-	case d.out[elem.ID].descs == 0:
-		return 0, 0, d.fail("used id %d, which the device does not have", elem.ID)
-	case elem.Len > d.out[elem.ID].writable:
-		return 0, 0, d.fail("used length %d of id %d, whose writable part has %d bytes", elem.Len, elem.ID, d.out[elem.ID].writable)
+	if !d.checkUsed(elem) {
+		return 0, 0, false
 	}
 	return uint16(elem.ID), elem.Len, true
+}
+
+// checkUsed checks what the device says of a chain.
+func (d *Driver) checkUsed(elem virtio.UsedElem) bool {
+	switch {
+	case elem.ID >= uint32(len(d.out)):
+		return d.fail("used id %d, queue size %d", elem.ID, len(d.out))
+	case d.out[elem.ID].descs == 0:
+		return d.fail("used id %d, which the device does not have", elem.ID)
+	case elem.Len > d.out[elem.ID].writable:
+		return d.fail("used length %d of id %d, whose writable part has %d bytes", elem.Len, elem.ID, d.out[elem.ID].writable)
+	}
+	return true
 }
 
 // usedInOrder takes the oldest chain that is out. With VIRTIO_F_IN_ORDER one used entry may stand for several chains: it names the
@@ -97,6 +108,9 @@ func (d *Driver) EnableCall() (more bool) {
 	if d.err != nil {
 		return false
 	}
+	if d.packed != nil {
+		return d.enableCallPacked()
+	}
 	if d.eventIdx {
 		shm.StoreFence16(d.eventField, d.seen)
 	} else {
@@ -109,6 +123,10 @@ func (d *Driver) EnableCall() (more bool) {
 // DisableCall tells the device that notifications are not needed; some may come all the same. With VIRTIO_F_EVENT_IDX there is
 // nothing to write, as for Device.DisableKick.
 func (d *Driver) DisableCall() {
+	if d.packed != nil {
+		d.disableCallPacked()
+		return
+	}
 	if d.eventIdx || d.flags == virtio.AvailNoInterrupt {
 		return
 	}

@@ -11,9 +11,8 @@ import (
 	"github.com/vhostd/vhostd/virtio"
 )
 
-// mapRing moves the device end of r to a ring in mapped memory, which the race detector does not see, and returns its parts and
-// the word that holds avail.idx.
-func mapRing(t *testing.T, r *rig) (p parts, availWord *uint32) {
+// mapMemory maps 64 KiB of memory, which the race detector does not see.
+func mapMemory(t *testing.T) []byte {
 	t.Helper()
 	fd, err := unix.MemfdCreate("ring", unix.MFD_CLOEXEC)
 	if err != nil {
@@ -29,15 +28,22 @@ func mapRing(t *testing.T, r *rig) (p parts, availWord *uint32) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { m.Unmap() })
+	return m.Bytes
+}
+
+// mapRing moves the device end of r to a ring in mapped memory, and returns its parts and the word that holds avail.idx.
+func mapRing(t *testing.T, r *rig) (p parts, availWord *uint32) {
+	t.Helper()
+	m := mapMemory(t)
 	n := r.dev.Size()
-	desc, avail, used := m.Bytes, m.Bytes[1<<14:], m.Bytes[1<<15:]
+	desc, avail, used := m, m[1<<14:], m[1<<15:]
 	if virtio.DescTableLen(n) > 1<<14 || virtio.AvailLen(n) > 1<<14 {
 		t.Fatalf("queue size %d is too large", n)
 	}
 	if err := r.dev.Rebind(desc, avail, used); err != nil {
 		t.Fatal(err)
 	}
-	p, err = newParts(n, desc, avail, used)
+	p, err := newParts(n, desc, avail, used)
 	if err != nil {
 		t.Fatal(err)
 	}

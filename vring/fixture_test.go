@@ -31,12 +31,24 @@ type rig struct {
 	chain Chain
 }
 
-// newRig makes an empty ring whose indices start at 0xfff0.
+// newRig makes an empty ring whose indices start at 0xfff0; a packed one's start 16 slots before its end.
 func newRig(t *testing.T, size int, f virtio.Features) *rig {
 	t.Helper()
-	r := newRigAt(t, size, f, 0xfff0)
+	base := uint16(0xfff0)
+	if f.Has(virtio.FRingPacked) {
+		base = place{slot: uint32(size - min(size, 16)), wrap: 1}.offWrap()
+	}
+	r := newRigAt(t, size, f, base)
 	r.T = t
 	return r
+}
+
+// partLens are the lengths in bytes of what Config calls Desc, Avail and Used.
+func partLens(size int, f virtio.Features) (desc, avail, used int) {
+	if f.Has(virtio.FRingPacked) {
+		return virtio.DescTableLen(size), virtio.EventLen, virtio.EventLen
+	}
+	return virtio.DescTableLen(size), virtio.AvailLen(size), virtio.UsedLen(size)
 }
 
 func newRigAt(t testing.TB, size int, f virtio.Features, base uint16) *rig {
@@ -47,7 +59,8 @@ func newRigAt(t testing.TB, size int, f virtio.Features, base uint16) *rig {
 		off = (off + n + 0xff) &^ 0xff // nothing of anybody else's within a word of a ring's end
 		return at
 	}
-	desc, avail, used := place(virtio.DescTableLen(size)), place(virtio.AvailLen(size)), place(virtio.UsedLen(size))
+	descLen, availLen, usedLen := partLens(size, f)
+	desc, avail, used := place(descLen), place(availLen), place(usedLen)
 	tables := place(size * rigTableLen * virtio.DescSize)
 	data := place(dataSize)
 	low := heapRegion(t, lowBase, off)
@@ -61,8 +74,8 @@ func newRigAt(t testing.TB, size int, f virtio.Features, base uint16) *rig {
 
 	b := low.Bytes()
 	r.cfg = Config{
-		Size: size, Desc: b[desc:], Avail: b[avail:], Used: b[used:], Features: f, Base: base,
-		UsedLogAddr: lowBase + guestmem.GPA(used),
+		Size: size, Desc: b[desc:], Avail: b[avail:], Used: b[used:], Features: f, Base: base, UsedBase: base,
+		DescLogAddr: lowBase + guestmem.GPA(desc), UsedLogAddr: lowBase + guestmem.GPA(used),
 	}
 	r.drv, err = NewDriver(DriverConfig{
 		Size: size, Desc: b[desc:], Avail: b[avail:], Used: b[used:], Features: f, Base: base,

@@ -8,6 +8,9 @@ import (
 	"github.com/vhostd/vhostd/virtio"
 )
 
+// fuzzSize is the size of the queue that fuzzing pops from.
+const fuzzSize = 16
+
 // FuzzSplitPop pops from a ring of 16 whose memory, buffers and indirect tables included, is whatever the fuzzer makes of it.
 // Whatever comes: no panic, no byte outside guest memory, sums that are right, and an end.
 func FuzzSplitPop(f *testing.F) {
@@ -27,7 +30,7 @@ func FuzzSplitPop(f *testing.F) {
 
 // fuzzPop lays mem over guest memory of two regions that touch, at 0 and at 0x1000, with the descriptor table at its start.
 func fuzzPop(t *testing.T, f virtio.Features, avail, mem []byte) {
-	const size = 16
+	const size = fuzzSize
 	low, high := heapRegion(t, 0, 0x1000), heapRegion(t, 0x1000, 0x1000)
 	copy(low.Bytes(), mem)
 	copy(high.Bytes(), mem[min(len(mem), 0x1000):])
@@ -80,7 +83,7 @@ func checkChain(t *testing.T, table *guestmem.Table, s Status, c *Chain) {
 	if sums != [2]uint64{uint64(c.ReadLen), uint64(c.WriteLen)} || c.Readable > len(c.Segs) {
 		t.Fatalf("sums of the segments are %d: %+v", sums, shapeOf(c))
 	}
-	if (s == Popped) != (len(c.Segs) > 0) || int(c.Head) >= 16 {
+	if (s == Popped) != (len(c.Segs) > 0) || int(c.Head) >= fuzzSize {
 		t.Fatalf("%v chain of head %d with %d segments", s, c.Head, len(c.Segs))
 	}
 }

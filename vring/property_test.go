@@ -29,6 +29,7 @@ type model struct {
 	added    []shape          // by the driver, not published
 	avail    []shape          // published, not popped
 	popped   []shape          // in the order popped
+	history  []int            // heads of all chains popped and not given back, in order; -1 for those that were put
 	out      map[uint16]shape // by the device's side of the ring: head of every chain not reaped
 	put      []used           // not published
 	used     []used           // published, not reaped
@@ -47,15 +48,34 @@ type used struct {
 // TestRingAgainstModel drives both ends of a ring at random, and checks every step against the model: contents, order, counts, and that
 // neither end is left asleep with work in the ring.
 func TestRingAgainstModel(t *testing.T) {
-	rapid.Check(t, func(rt *rapid.T) {
-		size := 1 << rapid.IntRange(0, 6).Draw(rt, "log2 of size")
-		var f virtio.Features
-		for _, bit := range []virtio.Features{virtio.FIndirectDesc, virtio.FEventIdx, virtio.FInOrder, virtio.FNotifyOnEmpty} {
-			if rapid.Bool().Draw(rt, bit.String()) {
-				f |= bit
-			}
+	ringAgainstModel(t, func(rt *rapid.T) (size int, f virtio.Features, base uint16) {
+		size = 1 << rapid.IntRange(0, 6).Draw(rt, "log2 of size")
+		return size, drawFeatures(rt, virtio.FNotifyOnEmpty), rapid.Uint16().Draw(rt, "base")
+	})
+}
+
+// TestPackedRingAgainstModel is the same for packed rings, of any size.
+func TestPackedRingAgainstModel(t *testing.T) {
+	ringAgainstModel(t, func(rt *rapid.T) (size int, f virtio.Features, base uint16) {
+		size = rapid.IntRange(1, 70).Draw(rt, "size")
+		at := place{slot: rapid.Uint32Range(0, uint32(size-1)).Draw(rt, "slot"), wrap: rapid.Uint32Range(0, 1).Draw(rt, "wrap")}
+		return size, drawFeatures(rt) | virtio.FRingPacked, at.offWrap()
+	})
+}
+
+func drawFeatures(rt *rapid.T, more ...virtio.Features) (f virtio.Features) {
+	for _, bit := range append(more, virtio.FIndirectDesc, virtio.FEventIdx, virtio.FInOrder) {
+		if rapid.Bool().Draw(rt, bit.String()) {
+			f |= bit
 		}
-		r := newRigAt(t, size, f, rapid.Uint16().Draw(rt, "base"))
+	}
+	return f
+}
+
+func ringAgainstModel(t *testing.T, draw func(*rapid.T) (size int, f virtio.Features, base uint16)) {
+	rapid.Check(t, func(rt *rapid.T) {
+		size, f, base := draw(rt)
+		r := newRigAt(t, size, f, base)
 		r.T = t
 		m := &model{rig: r, rt: rt, f: f, out: map[uint16]shape{}, descs: map[uint16]int{}}
 		rt.Repeat(map[string]func(*rapid.T){
@@ -145,6 +165,7 @@ func (m *model) doPop(rt *rapid.T) {
 		rt.Fatal(diff)
 	}
 	m.popped = append(m.popped, m.avail[0])
+	m.history = append(m.history, int(m.avail[0].Head))
 	m.avail = m.avail[1:]
 	m.devIdle = false
 }
@@ -157,6 +178,7 @@ func (m *model) doUnpop(rt *rapid.T) {
 	at := len(m.popped) - n
 	m.avail = append(slices.Clone(m.popped[at:]), m.avail...)
 	m.popped = m.popped[:at]
+	m.history = m.history[:len(m.history)-n]
 	if n > 0 {
 		m.devIdle = false
 	}
@@ -165,11 +187,7 @@ func (m *model) doUnpop(rt *rapid.T) {
 // lastInARow is how many of the chains popped last are still out.
 func (m *model) lastInARow() int {
 	n := 0
-	for n < len(m.popped) {
-		slot := (m.dev.Base() - 1 - uint16(n)) & uint16(m.dev.Size()-1)
-		if m.drv.RawAvail()[slot] != m.popped[len(m.popped)-1-n].Head {
-			break
-		}
+	for n < len(m.history) && m.history[len(m.history)-1-n] >= 0 {
 		n++
 	}
 	return n
@@ -187,6 +205,7 @@ func (m *model) doPut(rt *rapid.T) {
 	m.popped = slices.Delete(slices.Clone(m.popped), i, i+1)
 	u := used{c.Head, rapid.Uint32Range(0, c.WriteLen).Draw(rt, "written")}
 	m.dev.Put(u.id, u.written)
+	m.history[slices.Index(m.history, int(u.id))] = -1
 	m.put = append(m.put, u)
 }
 

@@ -14,6 +14,9 @@ import (
 // without a call; everything else is popSlow's.
 func (d *Device) Pop(c *Chain) Status {
 	if d.next == d.avail {
+		if d.packed != nil {
+			return d.popPacked(c)
+		}
 		if s := d.look(); s != Popped {
 			return s
 		}
@@ -68,6 +71,13 @@ func (d *Device) fail(format string, args ...any) Status {
 
 // Available is the number of chains that can be popped now. It looks at the ring only when all chains that it knew of are popped.
 func (d *Device) Available() int {
+	if d.packed != nil {
+		if d.lookPacked() != Popped {
+			return 0
+		}
+		n, _ := d.packed.ahead()
+		return n
+	}
 	if d.next == d.avail && d.look() != Popped {
 		return 0
 	}
@@ -78,6 +88,10 @@ func (d *Device) Available() int {
 func (d *Device) Unpop(n int) {
 	if out := int(d.next - d.usedNext); n < 0 || n > out {
 		panic(fmt.Sprintf("bug: Unpop of %d chains, %d are out", n, out))
+	}
+	if d.packed != nil {
+		d.unpopPacked(n)
+		return
 	}
 	d.next -= uint16(n)
 	if d.err != nil {

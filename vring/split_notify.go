@@ -21,6 +21,10 @@ func (d *Device) Publish() {
 	if n == 0 {
 		return
 	}
+	if d.packed != nil {
+		d.publishPacked()
+		return
+	}
 	if d.logUsed {
 		d.logEntries(d.published, n)
 	}
@@ -59,6 +63,8 @@ func (d *Device) NeedsCall() bool {
 	}
 	d.owed = 0
 	switch {
+	case d.packed != nil:
+		return d.needsCallPacked(n)
 	case d.notifyOnEmpty && d.next == d.avail && d.availIdx.Load() == d.next:
 		return true
 	case d.eventIdx:
@@ -72,6 +78,9 @@ func (d *Device) NeedsCall() bool {
 func (d *Device) EnableKick() (more bool) {
 	if d.err != nil {
 		return false
+	}
+	if d.packed != nil {
+		return d.enableKickPacked()
 	}
 	if d.eventIdx {
 		shm.StoreFence16(d.availEvent, d.avail)
@@ -88,6 +97,10 @@ func (d *Device) EnableKick() (more bool) {
 // DisableKick tells the driver that notifications are not needed; some may come all the same. With VIRTIO_F_EVENT_IDX there is
 // nothing to write: the index moves past avail_event and that is that.
 func (d *Device) DisableKick() {
+	if d.packed != nil {
+		d.disableKickPacked()
+		return
+	}
 	if d.eventIdx || d.usedFlags == virtio.UsedNoNotify {
 		return
 	}

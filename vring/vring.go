@@ -1,5 +1,5 @@
-// Package vring is both ends of a virtqueue: Device, which a back-end drives, and Driver, which a guest would drive. Both are real
-// rings over guest memory; the driver end makes tests, benchmarks and load generators that need no guest.
+// Package vring is both ends of a virtqueue, split or packed: Device, which a back-end drives, and Driver, which a guest would drive. Both
+// are real rings over guest memory; the driver end makes tests, benchmarks and load generators that need no guest.
 //
 // # Theory of operation
 //
@@ -18,6 +18,8 @@
 // next, Put moves usedNext, Publish moves published. What lies between published and idx belongs to the device, and is never
 // more than the queue size; Device checks that on every look at idx, so one bound serves both against an index that jumps and
 // against a driver that reuses chains before it got them back.
+//
+// A packed virtqueue (§2.8) has the same methods; packed_ring.go tells what differs.
 //
 // # Ordering
 //

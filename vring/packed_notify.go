@@ -1,0 +1,89 @@
+package vring
+
+import (
+	"sync/atomic"
+
+	"github.com/vhostd/vhostd/virtio"
+)
+
+// publishPacked is Publish of what was Put, in Device.used from published to usedNext. The words of all but the first used descriptor are
+// stored first, then the first's. State changes only when all memory was written, so that a fault on the way leaves the chains the device's.
+func (d *Device) publishPacked() {
+	p, at := d.packed, d.packed.used
+	var first uint64
+	for i := d.published; i != d.usedNext; i++ {
+		e := d.used[i&d.mask]
+		flags := at.used()
+		if e.Len > 0 {
+			flags |= virtio.DescWrite
+		}
+		w := packWord(e.Len, uint16(e.ID), flags)
+		if i == d.published {
+			first = w
+		} else {
+			p.ring[at.slot].word = w
+		}
+		n := p.counts[e.ID]
+		if n == 0 {
+			panic("bug: a chain was put that the device does not have")
+		}
+		at.advance(uint32(n), p.size)
+	}
+	atomic.StoreUint64(&p.ring[p.used.slot].word, first)
+	d.releasePacked()
+}
+
+// releasePacked forgets the chains that were published, and tells the dirty log of them.
+func (d *Device) releasePacked() {
+	p := d.packed
+	total := d.unknown
+	for ; d.published != d.usedNext; d.published++ {
+		id := d.used[d.published&d.mask].ID
+		n := uint32(p.counts[id])
+		if n == 0 {
+			panic("bug: a chain was put twice")
+		}
+		if d.logUsed {
+			d.view.Dirty(slotAddr(d.descLogAddr, p.used.slot), virtio.DescSize)
+		}
+		p.counts[id] = 0
+		p.out -= n
+		p.used.advance(n, p.size)
+		total += n
+	}
+	d.owed += total
+	d.unknown = 0
+}
+
+// needsCallPacked is NeedsCall after n descriptors.
+func (d *Device) needsCallPacked(n uint32) bool {
+	p := d.packed
+	return wanted(atomic.LoadUint32(p.driverEvent), d.eventIdx, p.used, n, p.size)
+}
+
+// enableKickPacked is EnableKick.
+func (d *Device) enableKickPacked() (more bool) {
+	p := d.packed
+	at := p.next
+	if d.eventIdx {
+		_, at = p.ahead()
+	}
+	d.storeEvent(eventOf(at, d.eventIdx))
+	return d.lookPacked() != Empty
+}
+
+// disableKickPacked is DisableKick. It has something to write with VIRTIO_F_EVENT_IDX as well: a driver may take no notice of the offset.
+func (d *Device) disableKickPacked() {
+	if d.packed.event != eventOff {
+		d.storeEvent(eventOff)
+	}
+}
+
+// storeEvent stores the device's event suppression structure, with the effect of a fence.
+func (d *Device) storeEvent(event uint32) {
+	d.packed.event = event
+	atomic.StoreUint32(d.packed.deviceEvent, event)
+	if d.logUsed {
+		d.view.Dirty(d.logAddr, virtio.EventLen)
+	}
+}
