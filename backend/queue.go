@@ -40,16 +40,18 @@ type queue struct {
 	mu        sync.Mutex
 	attention atomic.Bool // the control side waits for mu: the worker leaves it soon
 
-	setup   ringSetup
-	enabled bool
-	kicked  bool // SET_VRING_KICK has come: the ring is to run
-	started bool
-	broken  error // the guest's fault; the ring is started but stands still
-	fault   error // guest memory faulted under the worker: what it was doing is half done
-	kick    int   // descriptors of the front-end, -1 for none
-	call    int
-	errfd   int
-	done    chan struct{} // closed when the worker has ended
+	setup      ringSetup
+	enabled    bool
+	kicked     bool // SET_VRING_KICK has come: the ring is to run
+	started    bool
+	startedAt  time.Time
+	wasEnabled bool  // at some time since startedAt
+	broken     error // the guest's fault; the ring is started but stands still
+	fault      error // guest memory faulted under the worker: what it was doing is half done
+	kick       int   // descriptors of the front-end, -1 for none
+	call       int
+	errfd      int
+	done       chan struct{} // closed when the worker has ended
 
 	ring   *vring.Device
 	window *zerocopy.Window // of a transmitq
@@ -222,6 +224,7 @@ func (s *session) SetVringErr(index int, fd int) error {
 func (s *session) SetVringEnable(index int, enable bool) error {
 	q := s.queues[index]
 	q.enabled = enable
+	q.wasEnabled = q.wasEnabled || enable
 	var err error
 	s.others(q, func() { err = s.activate() })
 	return err
@@ -264,6 +267,7 @@ func (q *queue) start() error {
 		return fmt.Errorf("queue %d: %w", q.index, err)
 	}
 	q.started, q.broken = true, nil
+	q.startedAt, q.wasEnabled = time.Now(), q.enabled
 	q.done = make(chan struct{})
 	q.s.b.log.Debug("queue started", "queue", q.index, "size", q.setup.size, "base", q.setup.base, "features", q.feat)
 	addProc()

@@ -153,6 +153,30 @@ func TestDisabledRingDiscards(t *testing.T) {
 	}
 }
 
+// A ring that has just started and is not enabled yet is about to be: what the guest sent meanwhile is kept for a moment, and no longer.
+func TestStartedRingWaitsToBeEnabled(t *testing.T) {
+	a, b := link(t, vhosttest.Options{Disabled: true})
+	b.Receiveq(0).Enable(true)
+	for i := range 10 {
+		if err := a.Send(0, virtio.NetHdr{}, vhosttest.Frame(uint64(i), 60), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a.Transmitq(0).Enable(true)
+	if err := (flow{to: b, frames: 10}).receive(); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Send(0, virtio.NetHdr{}, vhosttest.Frame(0, 60), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Transmitq(0).Settle(); err != nil { // never enabled: discarded in the end
+		t.Fatal(err)
+	}
+	if n := b.be.Stats().Queues[1].Outcomes["dropped"]; n != 1 {
+		t.Errorf("%d frames were counted as dropped, want 1", n)
+	}
+}
+
 func TestDisabledRingReceivesNothing(t *testing.T) {
 	a, b := link(t, vhosttest.Options{})
 	b.Receiveq(0).Enable(false)

@@ -3,6 +3,7 @@ package backend
 import (
 	"runtime"
 	"runtime/debug"
+	"time"
 
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/vring"
@@ -82,6 +83,10 @@ func (q *queue) turn(arm bool) (next step) {
 
 // transmit moves one batch from the guest to the device.
 func (q *queue) transmit(arm bool) step {
+	if q.settling() {
+		q.waits = waitSet{kick: -1, device: -1, pollKick: true}
+		return wait
+	}
 	w := q.window
 	status := vring.Popped
 	if len(q.unsent) == 0 {
@@ -116,6 +121,15 @@ func (q *queue) transmit(arm bool) step {
 		return idle
 	}
 	return q.armTransmit()
+}
+
+// enableGrace is how long a ring that has just started waits for SET_VRING_ENABLE.
+const enableGrace = time.Second
+
+// settling tells that the ring has started and was not enabled yet. What the guest sends on a disabled ring is discarded, but front-ends
+// enable a ring a moment after they start it, and a frame that waits there at a reconnect, or is sent in between, need not be lost.
+func (q *queue) settling() bool {
+	return !q.enabled && !q.wasEnabled && time.Since(q.startedAt) < enableGrace
 }
 
 // armTransmit asks for every notification that can end the wait, and looks once more.

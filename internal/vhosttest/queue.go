@@ -122,15 +122,15 @@ func (q *Queue) Start() {
 	if q.g.opts.Polled {
 		kick = -1
 	}
-	if !q.g.opts.NoProtocol && !q.g.opts.Disabled {
-		q.Enable(true) // first: frames that wait already would be discarded by a ring that is started and disabled
-	}
 	q.g.must("SET_VRING_NUM", fe.SetVringNum(i, uint32(q.g.opts.QueueSize)))
 	q.g.must("SET_VRING_BASE", fe.SetVringBase(i, uint32(q.Base)))
 	q.g.must("SET_VRING_ADDR", fe.SetVringAddr(q.Addr()))
 	q.g.must("SET_VRING_ERR", fe.SetVringErr(i, q.Err.FD()))
 	q.g.must("SET_VRING_CALL", fe.SetVringCall(i, q.Call.FD()))
 	q.g.must("SET_VRING_KICK", fe.SetVringKick(i, kick))
+	if !q.g.opts.NoProtocol && !q.g.opts.Disabled {
+		q.Enable(true) // last, as QEMU does
+	}
 	q.g.Barrier()
 }
 
