@@ -15,6 +15,6 @@ func TestDevice(t *testing.T) {
 		must(t, err)
 		must(t, d.SetPairs(1))
 		// Recv frees into pools, which grow when more is freed than was taken.
-		return netdevtest.Harness{Device: d, Inject: d.link.sendFrame, RecvAllocates: true}
+		return netdevtest.Harness{Device: d, Inject: d.link.sendFrame, RecvAllocates: true, SendAllocates: raceEnabled}
 	})
 }

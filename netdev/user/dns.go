@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"strings"
 	"sync"
@@ -85,7 +84,7 @@ func (d *dnsServer) listen(s *stack.Stack, a netip.Addr) error {
 	if terr != nil {
 		return errors.New(terr.String())
 	}
-	l := &limitListener{TCPListener: gonet.NewTCPListener(s, wq, ep), slots: make(chan struct{}, maxDNSConns)}
+	l := newGuestListener(d.ctx, wq, ep, maxDNSConns)
 	d.serve(&dns.Server{
 		Listener: l, Handler: dns.HandlerFunc(d.handleTCP), ReadTimeout: dnsIdle,
 		IdleTimeout: func() time.Duration { return dnsIdle },
@@ -109,43 +108,14 @@ func (d *dnsServer) serve(srv *dns.Server) {
 // close waits for the queries that are being answered.
 func (d *dnsServer) close() {
 	for _, srv := range d.servers {
-		if l, ok := srv.Listener.(*limitListener); ok {
-			l.Shutdown()
-		}
 		srv.Shutdown()
 	}
 	d.wg.Wait()
-}
-
-// limitListener closes connections beyond the limit at once.
-type limitListener struct {
-	*gonet.TCPListener
-	slots chan struct{}
-}
-
-func (l *limitListener) Accept() (net.Conn, error) {
-	for {
-		c, err := l.TCPListener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		select {
-		case l.slots <- struct{}{}:
-			return &limitConn{Conn: c, free: sync.OnceFunc(func() { <-l.slots })}, nil
-		default:
-			c.Close()
+	for _, srv := range d.servers {
+		if l, ok := srv.Listener.(*guestListener); ok {
+			l.conns.Wait()
 		}
 	}
-}
-
-type limitConn struct {
-	net.Conn
-	free func()
-}
-
-func (c *limitConn) Close() error {
-	c.free()
-	return c.Conn.Close()
 }
 
 func (d *dnsServer) handleUDP(w dns.ResponseWriter, q *dns.Msg) {

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -273,6 +274,11 @@ func (g *guest) input(hdr virtio.NetHdr, frame []byte) {
 	if tap != nil {
 		tap(hdr, append([]byte(nil), frame...))
 	}
+	if g.link.deaf.Load() && header.IPv4(frame[ethLen:]).TransportProtocol() == header.TCPProtocolNumber {
+		if tcp := header.TCP(header.IPv4(frame[ethLen:]).Payload()); !tcp.Flags().Contains(header.TCPFlagSyn) {
+			return
+		}
+	}
 	if d := g.link.dispatcher; d != nil {
 		v := buffer.NewView(len(frame))
 		v.Write(frame)
@@ -310,7 +316,8 @@ type guestLink struct {
 	mtu        uint32
 	trust      bool
 	dispatcher stack.NetworkDispatcher
-	largest    int // frame sent
+	largest    atomic.Int64 // frame sent, in bytes
+	deaf       atomic.Bool  // to all TCP but SYN-ACK
 }
 
 func (l *guestLink) MTU() uint32                    { return l.mtu }
@@ -343,8 +350,10 @@ func (l *guestLink) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error)
 		frame := v.AsSlice()
 		l.link.accept.Store(0)
 		b := zerocopy.NewBuffer(l.link.netHdr(pkt), frame)
+		if n := int64(len(frame)); n > l.largest.Load() {
+			l.largest.Store(n)
+		}
 		q.sendMu.Lock()
-		l.largest = max(l.largest, len(frame))
 		l.g.dev.Queue(q.i).Send([]*zerocopy.Buffer{b})
 		q.sendMu.Unlock()
 		v.Release()

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
@@ -33,6 +34,8 @@ type pump struct {
 	ep   tcpip.Endpoint
 	wq   *waiter.Queue
 	conn *net.TCPConn
+	// linger is how long the guest may take to acknowledge the last bytes.
+	linger time.Duration
 
 	failed sync.Once
 }
@@ -57,7 +60,29 @@ func (p *pump) run(ctx context.Context) {
 	}
 	<-up
 	p.conn.Close()
-	p.ep.Close()
+	closeSlowly(ctx, p.ep, p.linger)
+}
+
+// closeSlowly closes ep, and returns when the guest has acknowledged all that was sent to it, or has not for so long that the
+// connection is reset: until then the stack holds memory for it, which has to count as a connection.
+func closeSlowly(ctx context.Context, ep tcpip.Endpoint, long time.Duration) {
+	ep.Close()
+	deadline := time.NewTimer(long)
+	defer deadline.Stop()
+	for pause := time.Millisecond; ; pause = min(2*pause, time.Second) {
+		switch tcp.EndpointState(ep.State()) {
+		case tcp.StateTimeWait, tcp.StateClose, tcp.StateError:
+			return
+		}
+		select {
+		case <-time.After(pause):
+		case <-deadline.C:
+			ep.Abort()
+			return
+		case <-ctx.Done():
+			return // and the stack is closed next
+		}
+	}
 }
 
 // fail resets both sides, which also ends the other direction.

@@ -19,7 +19,7 @@ import (
 
 // Bounds of TCP.
 const (
-	maxConns     = 2048 // connections of one guest, forwarded ones included
+	maxConns     = 1024 // connections of one guest, forwarded ones included
 	maxDialing   = 256  // of these, those that wait for the host's connect or the guest's handshake
 	dialTimeout  = 30 * time.Second
 	tcpBufferMin = 4 << 10
@@ -29,6 +29,8 @@ const (
 	keepAlive = 30 * time.Minute
 	// timeWait is how long a connection that was closed is remembered: between two ends of one cable, segments do not stray.
 	timeWait = 5 * time.Second
+	// lingerTime is how long a guest may take to acknowledge the end of a connection.
+	lingerTime = time.Minute
 )
 
 // tcpNAT takes the guest's connections on to the host's network.
@@ -40,6 +42,7 @@ type tcpNAT struct {
 	dialer net.Dialer
 	slots  chan struct{} // holds one of maxConns for each connection
 	count  atomic.Uint64 // connections ever made
+	linger time.Duration
 
 	mu  sync.Mutex
 	syn map[stack.TransportEndpointID]uint32 // sequence numbers of the SYNs that are waited on
@@ -47,7 +50,7 @@ type tcpNAT struct {
 
 func newTCPNAT(g *group, s *stack.Stack, r *routes, icmp *icmpOut) *tcpNAT {
 	t := &tcpNAT{
-		g: g, routes: r, icmp: icmp, slots: make(chan struct{}, maxConns),
+		g: g, routes: r, icmp: icmp, slots: make(chan struct{}, maxConns), linger: lingerTime,
 		syn: make(map[stack.TransportEndpointID]uint32),
 		dialer: net.Dialer{
 			Timeout: dialTimeout, FallbackDelay: -1,
@@ -122,6 +125,7 @@ func (t *tcpNAT) carry(p *pump) {
 	p.ep.SocketOptions().SetKeepAlive(true)
 	idle := tcpip.KeepaliveIdleOption(keepAlive)
 	p.ep.SetSockOpt(&idle)
+	p.linger = t.linger
 	p.run(t.g.ctx)
 }
 

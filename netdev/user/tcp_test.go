@@ -79,7 +79,7 @@ func transfer(t *testing.T, g *guest, network string, n int64) {
 	if err != nil || m != n || crc != want {
 		t.Fatalf("host to guest: %d bytes, crc %08x, %v; want %d and %08x", m, crc, err, n, want)
 	}
-	t.Logf("%d MiB: guest to host %v, host to guest %v, largest frame %d bytes", n>>20, up, time.Since(start), g.link.largest)
+	t.Logf("%d MiB: guest to host %v, host to guest %v, largest frame %d bytes", n>>20, up, time.Since(start), g.link.largest.Load())
 }
 
 func TestTCPMovesBytesBothWays(t *testing.T) {
@@ -99,8 +99,8 @@ func TestTCPMovesBytesBothWays(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			g := newGuest(t, openTest(t, c.options), guestOptions{features: c.features, mtu: c.mtu, address: true})
 			transfer(t, g, "tcp4", c.n)
-			if gso := c.features.Has(virtio.FNetHostTSO4); gso != (g.link.largest > c.mtu+ethLen) {
-				t.Errorf("largest frame of %d bytes with offloads %v", g.link.largest, gso)
+			if gso := c.features.Has(virtio.FNetHostTSO4); gso != (int(g.link.largest.Load()) > c.mtu+ethLen) {
+				t.Errorf("largest frame of %d bytes with offloads %v", g.link.largest.Load(), gso)
 			}
 		})
 	}
@@ -196,4 +196,38 @@ func TestCloseWithConnectionsInEveryState(t *testing.T) {
 	time.Sleep(100 * time.Millisecond)
 	busy.Close()
 	// openTest's cleanup closes the device and looks for what is left.
+}
+
+// TestTCPUnacknowledgedEndCounts: what the stack holds for a guest that does not acknowledge is bounded, as it counts as a
+// connection, and does not stay for ever.
+func TestTCPUnacknowledgedEndCounts(t *testing.T) {
+	closed := make(chan struct{})
+	port := listen(t, "tcp4", func(c *net.TCPConn) {
+		c.Write(make([]byte, 1000))
+		c.SetLinger(-1)
+		c.Close()
+		close(closed)
+	})
+	d := openTest(t, "")
+	d.tcp.linger = 500 * time.Millisecond
+	g := newGuest(t, d, guestOptions{features: offloads, address: true})
+	g.link.deaf.Store(true) // to all but SYN-ACK
+	c := g.mustDial(gateway, port)
+	must(t, c.CloseWrite())
+	<-closed
+	time.Sleep(100 * time.Millisecond)
+	if n := d.Stats().Conns; n != 1 {
+		t.Errorf("%d connections are counted, want 1", n)
+	}
+	for end := time.Now().Add(testTimeout); d.Stats().Conns != 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the connection stays for ever")
+		}
+	}
+}
+
+func TestCloseTwice(t *testing.T) {
+	d := openTest(t, "hostfwd=tcp:127.0.0.1:0-:7,hostfwd=udp:127.0.0.1:0-:7")
+	must(t, d.Close())
+	// openTest's cleanup closes it again.
 }
