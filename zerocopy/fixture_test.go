@@ -46,13 +46,18 @@ func newGuest(t testing.TB, size int, f virtio.Features) *guest {
 	desc := g.mem(g.alloc(virtio.DescTableLen(size)), virtio.DescTableLen(size))
 	avail := g.mem(g.alloc(virtio.AvailLen(size)), virtio.AvailLen(size))
 	used := g.mem(g.alloc(virtio.UsedLen(size)), virtio.UsedLen(size))
+	base := uint16(startBase)
+	if f.Has(virtio.FRingPacked) {
+		base = uint16(size-1) | 1<<15 // the last descriptor of the first lap
+	}
 	var err error
-	g.driver, err = vring.NewDriver(vring.DriverConfig{Size: size, Desc: desc, Avail: avail, Used: used, Features: f, Base: startBase})
+	g.driver, err = vring.NewDriver(vring.DriverConfig{Size: size, Desc: desc, Avail: avail, Used: used, Features: f, Base: base})
 	if err != nil {
 		t.Fatal(err)
 	}
-	g.ring, err = vring.NewDevice(vring.Config{Size: size, Desc: desc, Avail: avail, Used: used, Features: f, Base: startBase},
-		guestmem.NewView(g.table, nil))
+	g.ring, err = vring.NewDevice(vring.Config{
+		Size: size, Desc: desc, Avail: avail, Used: used, Features: f, Base: base, UsedBase: base,
+	}, guestmem.NewView(g.table, nil))
 	if err != nil {
 		t.Fatal(err)
 	}

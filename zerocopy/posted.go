@@ -64,7 +64,7 @@ type segment struct {
 
 // NewPosted returns the Posted of ring for a driver that negotiated f.
 func NewPosted(ring *vring.Device, f virtio.Features) *Posted {
-	n := ring.Size()
+	n := vring.Slots(ring.Size())
 	p := &Posted{
 		ring: ring, chains: make([]vring.Chain, n), mask: uint64(n - 1),
 		hdrLen: virtio.NetHdrLen(f), mergeable: f.Has(virtio.FNetMrgRxbuf), accept: offload.ToGuest(f),
@@ -226,7 +226,7 @@ func (p *Posted) ensure(total int) WriteResult {
 		return TooBig
 	}
 	for p.room < total {
-		if p.held() == len(p.chains) || p.held() == maxMerge {
+		if p.held() == p.ring.Size() || p.held() == maxMerge {
 			return TooBig
 		}
 		if !p.pop() {

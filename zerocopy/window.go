@@ -89,7 +89,7 @@ type Window struct {
 // NewWindow returns a Window over ring, whose frames start with the header that the features f imply. wake is called from the
 // goroutine that releases a buffer while the worker sleeps. The Window pins the ring's memory table until Close.
 func NewWindow(ring *vring.Device, f virtio.Features, wake func()) *Window {
-	n := ring.Size()
+	n := vring.Slots(ring.Size())
 	w := &Window{
 		ring: ring, slots: make([]slot, n), mask: uint64(n - 1), hdrLen: virtio.NetHdrLen(f),
 		table: ring.View().Table(), wake: wake,
