@@ -155,6 +155,38 @@ func TestQEMURestartClient(t *testing.T) {
 	vhostd.check(r)
 }
 
+// TestQEMURestartQueuePairs: the same with two queue pairs, for each of which QEMU announces and withdraws all memory.
+func TestQEMURestartQueuePairs(t *testing.T) {
+	needVhostd(t)
+	r := newTapRig(t, func(r *rig) {
+		r.dopts.Client, r.mopts.Listen = true, true
+		r.mopts.CPUs, r.mopts.QueuePairs = 2, 2
+		r.dopts.Args = []string{"--queues", "2"}
+	})
+	vhostd := r.survivor()
+	for i := range rounds {
+		r.channels(2)
+		r.wantBoth(r.pairsUsed(2))
+		r.ping(hostIP, 1472)
+		r.healthy()
+		vhostd.check(r)
+		switch i {
+		case 0:
+			r.vm.Kill()
+			r.logf("QEMU was killed")
+		case 1:
+			ctx, cancel := context.WithTimeout(r.ctx, time.Minute)
+			must(t, r.vm.Quit(ctx))
+			cancel()
+			r.logf("QEMU was told to quit")
+		default:
+			return
+		}
+		r.boot()
+		r.configureGuest()
+	}
+}
+
 // TestVhostdRestart: vhostd is killed, or told to end, in the middle of a transfer. QEMU dials the next one, and the
 // same transfer goes on to its good end; the guest does nothing about it.
 func TestVhostdRestart(t *testing.T) {

@@ -36,7 +36,7 @@ func (r *rig) pairs(n int) []pairCounters {
 func (r *rig) pairsUsed(n int) []pairCounters {
 	r.t.Helper()
 	before := r.pairs(n)
-	r.tcpArgs(rpc.TCPArgs{Addr: netlab.At(hostIP, r.servers.Stream), Bytes: 128 << 20, Streams: 16})
+	r.tcpArgs(rpc.TCPArgs{Addr: netlab.At(hostIP, r.servers.Stream), Bytes: 64 << 20, Streams: 16})
 	used := r.pairs(n)
 	for i := range used {
 		used[i].rx -= before[i].rx

@@ -50,8 +50,8 @@ var assets = sync.OnceValues(func() (machine.Assets, error) {
 	})
 })
 
-// binary builds vhostd, or takes VHOSTD_BIN: an instrumented build, say.
-var binary = sync.OnceValues(func() (string, error) {
+// program builds vhostd, or takes VHOSTD_BIN: an instrumented build, say.
+var program = sync.OnceValues(func() (string, error) {
 	if path := os.Getenv("VHOSTD_BIN"); path != "" {
 		return path, nil
 	}
@@ -109,8 +109,6 @@ func newRig(t *testing.T, net string) *rig {
 	must(t, err)
 	r.dopts = daemon.Options{Dir: dir, Net: net, Namespace: r.ns, Metrics: "127.0.0.1:9100"}
 	if !qemuBackend() {
-		r.dopts.Binary, err = binary()
-		must(t, err)
 		r.mopts.Socket = r.dopts.Socket()
 	}
 	t.Cleanup(r.close)
@@ -142,6 +140,9 @@ func (r *rig) startVhostd() {
 	if qemuBackend() {
 		return
 	}
+	var err error
+	r.dopts.Binary, err = program()
+	must(r.t, err)
 	ctx, cancel := context.WithTimeout(r.ctx, 20*time.Second)
 	defer cancel()
 	d, err := daemon.Start(ctx, r.dopts)

@@ -165,15 +165,15 @@ func (r *rig) features(on, off virtio.Features) {
 	}
 }
 
-// everything is the traffic that each form of the device must carry.
-func (r *rig) everything() {
+// everything is the traffic that each form of the device must carry; size is that of a TCP transfer.
+func (r *rig) everything(size uint64) {
 	r.t.Helper()
 	r.ping(hostIP, 56)
 	r.ping(hostIP, 1472)
 	r.ping(hostIP6, 1452)
 	r.udp(hostIP, 8, 1472)
 	r.udp(hostIP6, 1452)
-	r.tcp(hostIP, transferSize)
+	r.tcp(hostIP, size)
 	r.setMTU(9000)
 	r.ping(hostIP, 8972)
 	r.ping(hostIP6, 8952)
@@ -187,7 +187,7 @@ func TestTap(t *testing.T) {
 	r := newTapRig(t, nil)
 	r.features(virtio.FVersion1|virtio.FNetMrgRxbuf|virtio.FEventIdx|virtio.FIndirectDesc|virtio.FNetCsum|virtio.FNetGuestCsum|
 		virtio.FNetHostTSO4|virtio.FNetHostTSO6|virtio.FNetGuestTSO4|virtio.FNetGuestTSO6, 0)
-	r.everything()
+	r.everything(transferSize)
 	r.tcp(hostIP6, transferSize)
 	r.guestServes()
 }
@@ -226,6 +226,15 @@ func TestTapOffloads(t *testing.T) {
 	r.healthy()
 }
 
+// TestTapNoOffloads: a guest whose device does nothing for it: vhostd, or the kernel for it, makes checksums and segments.
+func TestTapNoOffloads(t *testing.T) {
+	r := newTapRig(t, func(r *rig) { r.mopts.DeviceProps = noOffloads })
+	r.features(virtio.FVersion1, offloadBits)
+	r.everything(smallSize)
+	r.tcp(hostIP6, smallSize)
+	r.guestServes()
+}
+
 // TestTapDevice: forms of the device that a user may ask QEMU for.
 func TestTapDevice(t *testing.T) {
 	for _, tt := range []struct {
@@ -244,7 +253,7 @@ func TestTapDevice(t *testing.T) {
 			r := newTapRig(t, func(r *rig) { r.mopts.DeviceProps = tt.props })
 			r.features(virtio.FVersion1, tt.off)
 			r.rings(tt.rings)
-			r.everything()
+			r.everything(transferSize)
 		})
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/vhostd/vhostd/test/vm/netlab"
 	"github.com/vhostd/vhostd/test/vm/rpc"
 	"github.com/vhostd/vhostd/test/vm/stream"
+	"github.com/vhostd/vhostd/virtio"
 )
 
 // The user-mode network's defaults.
@@ -31,9 +32,10 @@ const (
 )
 
 // newUserRig is a rig whose guest hangs on the user-mode network of a vhostd without any privilege.
-func newUserRig(t *testing.T) *rig {
+func newUserRig(t *testing.T, props ...string) *rig {
 	t.Helper()
 	r := newRig(t, "user")
+	r.mopts.DeviceProps = props
 	stop, err := r.ns.ServeDNS(t.TempDir())
 	must(t, err)
 	t.Cleanup(stop)
@@ -57,6 +59,21 @@ func TestUser(t *testing.T) {
 	r.lookup()
 	r.download(32 << 20)
 	r.tcp(userGateway, 128<<20)
+	r.udp(userGateway, 8, 1472)
+	r.ipv6()
+	r.forward(8 << 20)
+	r.healthy()
+}
+
+// TestUserNoOffloads: the same for a guest that makes and checks every checksum itself, and takes no segment larger than
+// its MTU.
+func TestUserNoOffloads(t *testing.T) {
+	r := newUserRig(t, noOffloads...)
+	r.dhcp()
+	r.features(virtio.FVersion1, offloadBits)
+	r.ping(userGateway, 1472)
+	r.lookup()
+	r.tcp(userGateway, smallSize)
 	r.udp(userGateway, 8, 1472)
 	r.ipv6()
 	r.forward(8 << 20)
