@@ -35,8 +35,7 @@ var layers = map[string][]string{
 	"backend":            {"vhostuser", "vring", "zerocopy", "netdev", "netdev/soft", "guestmem", "virtio", "offload", "internal/sys"},
 	"cmd/*":              {"backend", "netdev", "netdev/*", "vhostuser", "virtio", "internal/*", "offload"},
 	// What tests and people use may see everything.
-	"internal/control":   {"*"},
-	"internal/metrics":   {"*"},
+	"internal/control":   {"internal/sys"},
 	"internal/vhosttest": {"*"},
 	"internal/require":   {},
 	"netdev/netdevtest":  {"*"},

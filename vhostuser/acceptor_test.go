@@ -104,7 +104,7 @@ func TestListenerClose(t *testing.T) {
 	if err := l.Close(); err != nil {
 		t.Errorf("second Close: %v", err)
 	}
-	if _, err := os.Lstat(l.file.path); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Lstat(l.file.Path); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the socket is still there: %v", err)
 	}
 }
@@ -123,7 +123,7 @@ func TestListenMode(t *testing.T) {
 		old := unix.Umask(umask)
 		l, _ := testListener(t, ListenOptions{Mode: mode})
 		unix.Umask(old)
-		info, err := os.Stat(l.file.path)
+		info, err := os.Stat(l.file.Path)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -177,7 +177,7 @@ func TestListenForeignFile(t *testing.T) {
 // TestListenerKeepsSuccessorsSocket: closing removes the path only while the socket behind it is our own.
 func TestListenerKeepsSuccessorsSocket(t *testing.T) {
 	l, _ := testListener(t, ListenOptions{})
-	path := l.file.path
+	path := l.file.Path
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}

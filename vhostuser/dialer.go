@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/internal/sys"
 )
 
 // Limits of a Dialer's wait between two attempts.
@@ -38,7 +40,7 @@ type Dialer struct {
 
 // NewDialer makes a Dialer for a socket path. One goroutine may use Accept at a time.
 func NewDialer(path string, opts DialOptions) (*Dialer, error) {
-	if err := checkPath(path); err != nil {
+	if err := sys.CheckPath(path); err != nil {
 		return nil, err
 	}
 	d := &Dialer{path: path, opts: opts}

@@ -7,6 +7,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"github.com/vhostd/vhostd/internal/sys"
 )
 
 // ListenOptions are the options of a Listener.
@@ -22,7 +24,7 @@ type ListenOptions struct {
 // back-end had done with its last connection.
 type Listener struct {
 	sock *net.UnixListener
-	file *socketFile // nil if the path is not ours
+	file *sys.SocketFile // nil if the path is not ours
 	opts ListenOptions
 
 	mu     sync.Mutex
@@ -43,7 +45,7 @@ func Listen(path string, opts ListenOptions) (*Listener, error) {
 	if opts.Mode == 0 {
 		opts.Mode = 0o600
 	}
-	sock, file, err := bindSocket(path, opts.Mode)
+	sock, file, err := sys.ListenUnix(path, opts.Mode)
 	if err != nil {
 		return nil, fmt.Errorf("vhost-user socket: %w", err)
 	}
@@ -60,7 +62,7 @@ func ListenFD(fd int, opts ListenOptions) (*Listener, error) {
 	return newListener(sock, nil, opts), nil
 }
 
-func newListener(sock *net.UnixListener, file *socketFile, opts ListenOptions) *Listener {
+func newListener(sock *net.UnixListener, file *sys.SocketFile, opts ListenOptions) *Listener {
 	l := &Listener{
 		sock: sock, file: file, opts: opts,
 		arrive: make(chan struct{}, 1), ended: make(chan struct{}), closed: make(chan struct{}),
@@ -103,7 +105,7 @@ func (l *Listener) Close() error {
 	var err error
 	l.closing.Do(func() {
 		close(l.closed)
-		err = errors.Join(l.file.remove(), l.sock.Close())
+		err = errors.Join(l.file.Remove(), l.sock.Close())
 		<-l.ended
 	})
 	return err

@@ -8,17 +8,17 @@ import (
 	"io"
 	"maps"
 	"net"
-	"os"
 	"slices"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/vhostd/vhostd/internal/sys"
 )
 
 // Server answers requests on a UNIX socket until it is closed.
 type Server struct {
-	path     string
-	file     os.FileInfo // to tell our socket from a successor's
+	file     *sys.SocketFile
 	sock     *net.UnixListener
 	handlers map[string]Handler
 
@@ -30,16 +30,11 @@ type Server struct {
 // Listen makes the socket, with mode 0600 from the start, and serves it. A socket that is left over from a process that ended is
 // replaced; one that somebody listens on, or a file of another kind, is an error.
 func Listen(path string, handlers map[string]Handler) (*Server, error) {
-	sock, err := bind(path)
+	sock, file, err := sys.ListenUnix(path, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
-	file, err := os.Lstat(path)
-	if err != nil {
-		sock.Close()
-		return nil, fmt.Errorf("control socket: %w", err)
-	}
-	s := &Server{path: path, file: file, sock: sock, handlers: handlers, conns: map[net.Conn]struct{}{}}
+	s := &Server{file: file, sock: sock, handlers: handlers, conns: map[net.Conn]struct{}{}}
 	s.serving.Go(s.run)
 	return s, nil
 }
@@ -53,11 +48,7 @@ func (s *Server) Close() error {
 	if conns == nil {
 		return nil
 	}
-	var err error
-	if now, serr := os.Lstat(s.path); serr == nil && os.SameFile(now, s.file) {
-		err = os.Remove(s.path)
-	}
-	err = errors.Join(err, s.sock.Close())
+	err := errors.Join(s.file.Remove(), s.sock.Close())
 	for c := range conns {
 		c.Close()
 	}

@@ -1,4 +1,4 @@
-package vhostuser
+package sys
 
 import (
 	"context"
@@ -15,36 +15,39 @@ import (
 // maxPath is the length of the longest socket path, in bytes.
 const maxPath = len(unix.RawSockaddrUnix{}.Path) - 1
 
-func checkPath(path string) error {
+// CheckPath refuses paths that a UNIX socket cannot have.
+func CheckPath(path string) error {
 	if path == "" {
-		return errors.New("vhost-user socket: the path is empty")
+		return errors.New("the path of the socket is empty")
 	}
 	if len(path) > maxPath {
-		return fmt.Errorf("vhost-user socket: path of %d bytes, limit %d: %s", len(path), maxPath, path)
+		return fmt.Errorf("socket path of %d bytes, limit %d: %s", len(path), maxPath, path)
 	}
 	return nil
 }
 
-// socketFile is a socket that this process has put into the file system.
-type socketFile struct {
-	path string
+// SocketFile is a socket that this process has put into the file system; nil stands for none.
+type SocketFile struct {
+	Path string
 	info fs.FileInfo // to tell it from a later one of the same name
 }
 
-// remove deletes the path unless somebody else has put another file there.
-func (f *socketFile) remove() error {
+// Remove deletes the path unless somebody else has put another file there.
+func (f *SocketFile) Remove() error {
 	if f == nil {
 		return nil
 	}
-	info, err := os.Lstat(f.path)
+	info, err := os.Lstat(f.Path)
 	if err != nil || !os.SameFile(info, f.info) {
 		return nil
 	}
-	return os.Remove(f.path)
+	return os.Remove(f.Path)
 }
 
-func bindSocket(path string, mode uint32) (*net.UnixListener, *socketFile, error) {
-	if err := checkPath(path); err != nil {
+// ListenUnix makes a listening socket at path with exactly the permissions mode. A socket left over from a process that has ended
+// is replaced; one that somebody listens on, or a file of another kind, is an error. The file is removed by SocketFile.Remove alone.
+func ListenUnix(path string, mode uint32) (*net.UnixListener, *SocketFile, error) {
+	if err := CheckPath(path); err != nil {
 		return nil, nil, err
 	}
 	if err := removeStale(path); err != nil {
@@ -71,7 +74,7 @@ func bindSocket(path string, mode uint32) (*net.UnixListener, *socketFile, error
 }
 
 // settle gives the new socket the permissions that the umask took, and remembers which file it is.
-func settle(path string, mode uint32) (*socketFile, error) {
+func settle(path string, mode uint32) (*SocketFile, error) {
 	if err := os.Chmod(path, fs.FileMode(mode)); err != nil {
 		return nil, err
 	}
@@ -79,7 +82,7 @@ func settle(path string, mode uint32) (*socketFile, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &socketFile{path, info}, nil
+	return &SocketFile{path, info}, nil
 }
 
 // removeStale removes a socket that nobody listens on.
@@ -105,26 +108,4 @@ func removeStale(path string) error {
 		return os.Remove(path)
 	}
 	return fmt.Errorf("cannot tell whether %s is in use: %w", path, err)
-}
-
-func inheritListener(fd int) (*net.UnixListener, error) {
-	f := os.NewFile(uintptr(fd), "vhost-user listening socket")
-	if f == nil {
-		return nil, fmt.Errorf("file descriptor %d: %w", fd, os.ErrInvalid)
-	}
-	defer f.Close()
-	if on, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err != nil || on == 0 {
-		return nil, fmt.Errorf("file descriptor %d is not a listening socket", fd)
-	}
-	l, err := net.FileListener(f) // duplicates
-	if err != nil {
-		return nil, fmt.Errorf("file descriptor %d: %w", fd, err)
-	}
-	sock, ok := l.(*net.UnixListener)
-	if !ok || sock.Addr().Network() != "unix" {
-		l.Close()
-		return nil, fmt.Errorf("file descriptor %d is not a UNIX stream socket", fd)
-	}
-	sock.SetUnlinkOnClose(false)
-	return sock, nil
 }
