@@ -1,7 +1,8 @@
 // Package vm holds the tests that need a whole virtual machine: a Linux guest in QEMU whose network card is vhostd.
 //
 // Each test starts the real vhostd program, a namespace with servers in it, and a guest, and then acts inside the guest
-// step by step. It prints what it saw, so that the log of a run can be read as a report. The parts:
+// step by step. It prints what it saw, so that the log of a run can be read as a report. Tests that decide themselves when a
+// frame leaves the device (join) run the back-ends of two guests in their own process instead. The parts:
 //
 //	stream   the traffic: bytes that both ends can compute and check
 //	rpc      the language between the test and the agent

@@ -80,6 +80,46 @@ func TestMemoryHotplug(t *testing.T) {
 	r.healthy()
 }
 
+// TestMemoryUnplugQueuePairs: memory comes and goes again under traffic. QEMU 7.2 announces and withdraws it once for each
+// of the two queue pairs; it is mapped once, until the last has withdrawn it.
+func TestMemoryUnplugQueuePairs(t *testing.T) {
+	needVhostd(t)
+	r := newTapRig(t, func(r *rig) {
+		r.mopts.MaxMemMiB, r.mopts.CPUs, r.mopts.QueuePairs = 1024, 2, 2
+		r.dopts.Args = []string{"--queues", "2"}
+	})
+	r.channels(2)
+	// Movable memory can be given back.
+	must(t, r.vm.WriteFile(r.ctx, "/sys/devices/system/memory/auto_online_blocks", "online_movable"))
+	before, mappings := r.memTotal(), r.guestMappings()
+	transfer := r.background(rpc.TCPArgs{Addr: netlab.At(hostIP, r.servers.Stream), Mode: stream.Source, Bytes: transferSize, Seed: 1})
+	for range 2 {
+		r.plug("dimm1", 256)
+		eventually(t, time.Minute, "the plugged memory in the guest", func() bool { return r.memTotal() >= before+250 })
+		r.logf("plugged: guest has %d MiB, vhostd maps %d regions", r.memTotal(), r.guestMappings())
+		if n := r.guestMappings(); n != mappings+1 {
+			t.Errorf("vhostd maps %d regions with the plugged one, %d without", n, mappings)
+		}
+		r.unplug("dimm1")
+		eventually(t, time.Minute, "the end of vhostd's mapping", func() bool { return r.guestMappings() == mappings })
+		r.logf("unplugged: guest has %d MiB, vhostd maps %d regions", r.memTotal(), r.guestMappings())
+	}
+	transfer()
+	r.wantBoth(r.pairsUsed(2))
+	r.healthy()
+}
+
+// unplug asks the guest to give a module of memory back, and waits until it has.
+func (r *rig) unplug(id string) {
+	r.t.Helper()
+	_, err := r.vm.QMP(r.ctx, "device_del", map[string]any{"id": id})
+	must(r.t, err)
+	eventually(r.t, time.Minute, "the guest's leave to take "+id, func() bool {
+		_, err := r.vm.QMP(r.ctx, "object-del", map[string]any{"id": "mem-" + id})
+		return err == nil
+	})
+}
+
 // guestMappings is how many mappings of guest memory vhostd has.
 func (r *rig) guestMappings() int {
 	r.t.Helper()
