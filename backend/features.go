@@ -24,6 +24,9 @@ const always = virtio.FVersion1 | virtio.FAnyLayout | virtio.FNotifyOnEmpty | vi
 // offered are the features that a backend with options o offers.
 func offered(o Options) (virtio.Features, vhostuser.ProtocolFeatures) {
 	f := always
+	if o.Packed {
+		f |= virtio.FRingPacked
+	}
 	if o.MAC != [6]byte{} {
 		f |= virtio.FNetMAC
 	}

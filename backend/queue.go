@@ -20,13 +20,6 @@ import (
 // batchSize is how many frames are moved between two looks at the indices of a ring.
 const batchSize = 64
 
-// ringSetup is what the front-end has said about a ring. It outlives a stop, as SET_VRING_NUM and SET_VRING_ADDR are not repeated by all.
-type ringSetup struct {
-	size int
-	addr *vhostuser.VringAddr
-	base uint16
-}
-
 // queue is a virtqueue: its ring, its frames on the way, and the state of its worker. Everything but attention and wake is guarded by mu.
 type queue struct {
 	s         *session
@@ -128,11 +121,11 @@ func (q *queue) errRunning(what string) error {
 // SetVringNum implements vhostuser.Handler.
 func (s *session) SetVringNum(index int, num uint32) error {
 	q := s.queues[index]
-	switch {
-	case q.started:
+	if q.started {
 		return q.errRunning("size")
-	case num == 0 || num > virtio.MaxQueueSize || num&(num-1) != 0:
-		return fmt.Errorf("queue %d: size %d, must be a power of two up to %d", index, num, virtio.MaxQueueSize)
+	}
+	if err := vring.CheckSize(int(num), s.packed()); err != nil {
+		return fmt.Errorf("queue %d: %w", index, err)
 	}
 	q.setup.size = int(num)
 	return nil
@@ -148,7 +141,7 @@ func (s *session) SetVringAddr(index int, addr vhostuser.VringAddr) error {
 		return nil
 	}
 	if q.setup.size != 0 {
-		if _, _, _, err := parts(s.table, addr, q.setup.size); err != nil {
+		if _, _, _, err := parts(s.table, addr, q.setup.size, s.packed()); err != nil {
 			return fmt.Errorf("queue %d: %w", index, err)
 		}
 	}
@@ -162,10 +155,10 @@ func (s *session) SetVringBase(index int, base uint32) error {
 	switch {
 	case q.started:
 		return q.errRunning("base")
-	case base > math.MaxUint16:
+	case base > math.MaxUint16 && !s.packed():
 		return fmt.Errorf("queue %d: base %d, at most %d", index, base, math.MaxUint16)
 	}
-	q.setup.base = uint16(base)
+	q.setup.base, q.setup.based = base, true
 	return nil
 }
 
@@ -177,7 +170,7 @@ func (s *session) GetVringBase(index int) (uint32, error) {
 	}
 	// A kick starts the ring again: the old one has done its work.
 	setFD(&q.kick, -1)
-	return uint32(q.setup.base), nil
+	return q.base(), nil
 }
 
 // SetVringKick implements vhostuser.Handler.
@@ -230,29 +223,6 @@ func (s *session) SetVringEnable(index int, enable bool) error {
 	return err
 }
 
-// parts finds the three parts of a ring in t.
-func parts(t *guestmem.Table, a vhostuser.VringAddr, size int) (desc, avail, used []byte, err error) {
-	for _, p := range []struct {
-		name  string
-		at    uint64
-		n     int
-		align uint64
-		to    *[]byte
-	}{
-		{"descriptor table", a.Desc, virtio.DescTableLen(size), virtio.DescAlign, &desc},
-		{"available ring", a.Avail, virtio.AvailLen(size), virtio.AvailAlign, &avail},
-		{"used ring", a.Used, virtio.UsedLen(size), virtio.UsedAlign, &used},
-	} {
-		if p.at%p.align != 0 {
-			return nil, nil, nil, fmt.Errorf("%s at %#x is not aligned to %d bytes", p.name, p.at, p.align)
-		}
-		if *p.to = t.UserSlice(guestmem.UVA(p.at), uint64(p.n)); *p.to == nil {
-			return nil, nil, nil, fmt.Errorf("%s at user address %#x, %d bytes, is not within one memory region", p.name, p.at, p.n)
-		}
-	}
-	return desc, avail, used, nil
-}
-
 // start makes the ring run once the front-end has said all that is needed for it; until then it does nothing.
 func (q *queue) start() error {
 	if q.started || q.setup.size == 0 || q.setup.addr == nil || !q.kicked {
@@ -277,23 +247,9 @@ func (q *queue) start() error {
 
 // open makes the ring and what lies on it.
 func (q *queue) open() error {
-	desc, avail, used, err := parts(q.s.table, *q.setup.addr, q.setup.size)
-	if err != nil {
-		return err
-	}
 	q.feat = usable(q.s.negotiated())
-	cfg := vring.Config{Size: q.setup.size, Desc: desc, Avail: avail, Used: used, Features: q.feat, Base: q.setup.base}
-	if q.ring, err = vring.NewDevice(cfg, guestmem.NewView(q.s.table, nil)); err != nil {
+	if err := q.openRing(); err != nil {
 		return err
-	}
-	if returned := q.ring.UsedIndex(); returned != cfg.Base {
-		// An earlier back-end ended with chains in its hands. It used them in order, so those behind the used index are
-		// exactly the ones that nobody has returned: take them again.
-		q.s.b.log.Info("resuming at the used index", "queue", q.index, "base", cfg.Base, "used", returned)
-		cfg.Base = returned
-		if q.ring, err = vring.NewDevice(cfg, guestmem.NewView(q.s.table, nil)); err != nil {
-			return err
-		}
 	}
 	if q.fromGuest {
 		q.window = zerocopy.NewWindow(q.ring, q.feat, q.signalWake)
@@ -325,7 +281,7 @@ func (q *queue) stop() error {
 	}
 	q.unsent, q.fault = nil, nil
 	q.fold()
-	q.setup.base = q.ring.Base()
+	q.keepBase()
 	q.ring, q.window, q.posted = nil, nil, nil
 	q.s.b.log.Debug("queue stopped", "queue", q.index, "base", q.setup.base)
 	return err
@@ -378,7 +334,7 @@ func (q *queue) setTable(t *guestmem.Table) error {
 	if !q.started {
 		return nil
 	}
-	desc, avail, used, err := parts(t, *q.setup.addr, q.setup.size)
+	desc, avail, used, err := parts(t, *q.setup.addr, q.setup.size, q.feat.Has(virtio.FRingPacked))
 	if err == nil {
 		q.recall()
 		err = q.ring.Rebind(desc, avail, used)

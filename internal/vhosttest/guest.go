@@ -117,6 +117,11 @@ func (g *Guest) Negotiate() {
 	g.must("GET_FEATURES", err)
 	g.Offered = virtio.Features(offered)
 	g.Features = g.Offered &^ g.opts.Without
+	if !g.opts.Packed {
+		g.Features &^= virtio.FRingPacked
+	} else if !g.Features.Has(virtio.FRingPacked) {
+		g.t.Fatal("packed rings are not offered")
+	}
 	if g.opts.NoProtocol {
 		g.Features &^= virtio.FProtocolFeatures
 	} else {
@@ -212,10 +217,10 @@ func (g *Guest) Reconnect() {
 	}
 }
 
-// Reboot gives every queue a fresh driver, whose rings start at index 0. The queues must be stopped; StartQueues starts them.
+// Reboot gives every queue a fresh driver, whose rings start where a real one's do. The queues must be stopped; StartQueues starts them.
 func (g *Guest) Reboot() {
 	for _, q := range g.Queues {
-		q.reset(0)
+		q.reset(q.zero())
 	}
 }
 

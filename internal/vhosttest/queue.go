@@ -23,7 +23,7 @@ type piece = Piece
 type Queue struct {
 	Index           int // as in vhost-user
 	Driver          *vring.Driver
-	Base            uint16 // that Start sends
+	Base            uint16 // that Start sends; of a packed ring, for used descriptors as well
 	Kick, Call, Err *sys.EventFD
 
 	g           *Guest
@@ -61,11 +61,33 @@ func newQueue(g *Guest, index int) *Queue {
 		g.must("eventfd", err)
 	}
 	start := uint16(StartIndex)
-	if g.opts.AtZero {
-		start = 0
+	switch {
+	case g.opts.AtZero:
+		start = q.zero()
+	case g.opts.Packed:
+		start = packedStart | uint16(n-min(n, 16))
 	}
 	q.reset(start)
 	return q
+}
+
+// packedStart is the wrap counter of a packed ring's first lap, at index 0.
+const packedStart = 1 << 15
+
+// zero is where a real driver's rings start.
+func (q *Queue) zero() uint16 {
+	if q.g.opts.Packed {
+		return packedStart
+	}
+	return 0
+}
+
+// base is what SET_VRING_BASE says for Base.
+func (q *Queue) base() uint32 {
+	if q.g.opts.Packed {
+		return uint32(q.Base)<<16 | uint32(q.Base)
+	}
+	return uint32(q.Base)
 }
 
 // Transmit tells a transmitq from a receiveq.
@@ -123,7 +145,7 @@ func (q *Queue) Start() {
 		kick = -1
 	}
 	q.g.must("SET_VRING_NUM", fe.SetVringNum(i, uint32(q.g.opts.QueueSize)))
-	q.g.must("SET_VRING_BASE", fe.SetVringBase(i, uint32(q.Base)))
+	q.g.must("SET_VRING_BASE", fe.SetVringBase(i, q.base()))
 	q.g.must("SET_VRING_ADDR", fe.SetVringAddr(q.Addr()))
 	q.g.must("SET_VRING_ERR", fe.SetVringErr(i, q.Err.FD()))
 	q.g.must("SET_VRING_CALL", fe.SetVringCall(i, q.Call.FD()))
@@ -145,7 +167,9 @@ func (q *Queue) Stop() {
 	q.g.t.Helper()
 	base, err := q.g.FE.GetVringBase(uint32(q.Index))
 	q.g.must("GET_VRING_BASE", err)
-	q.Base = uint16(base)
+	if q.Base = uint16(base); base != q.base() {
+		q.g.t.Errorf("queue %d: base %#x: chains were kept", q.Index, base)
+	}
 }
 
 // Flush publishes what was added and kicks if the device wants that.

@@ -30,7 +30,8 @@ import (
 // Patience bounds every wait. It is no measure of speed: nothing but a hang takes that long.
 const Patience = 60 * time.Second
 
-// StartIndex is where ring indices start, unless Options say otherwise: 16 entries before they wrap.
+// StartIndex is where ring indices start, unless Options say otherwise: 16 entries before they wrap. Packed rings start 16 descriptors before
+// their end, in the first lap.
 const StartIndex = 0xfff0
 
 // Options are what a Guest is made of. The zero value is a guest of one queue pair that accepts all that it is offered.
@@ -38,6 +39,7 @@ type Options struct {
 	Pairs     int             // queue pairs; 0: 1
 	QueueSize int             // descriptors; 0: 256
 	Without   virtio.Features // offered features that the driver does not accept
+	Packed    bool            // the driver accepts packed rings
 	AtZero    bool            // ring indices start at 0 and not at StartIndex
 
 	NoReplyAck bool // REPLY_ACK is not accepted: errors show only as the end of the connection
