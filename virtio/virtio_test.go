@@ -102,7 +102,7 @@ func TestFeaturesString(t *testing.T) {
 		0:                     "none",
 		FNetCsum:              "CSUM",
 		FVersion1 | FNetMAC:   "MAC,VERSION_1",
-		1<<63 | 1<<2 | FNetMQ: "bit 2,MQ,bit 63",
+		1<<63 | 1<<4 | FNetMQ: "bit 4,MQ,bit 63",
 		FNetHostUSO | FInOrder | FEventIdx | FNotifyOnEmpty: "NOTIFY_ON_EMPTY,EVENT_IDX,IN_ORDER,HOST_USO",
 	} {
 		if got := f.String(); got != want {
