@@ -8,6 +8,7 @@ import (
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/netdev/null"
 	"github.com/vhostd/vhostd/netdev/tap"
+	"github.com/vhostd/vhostd/netdev/udp"
 	"github.com/vhostd/vhostd/netdev/user"
 )
 
@@ -24,6 +25,9 @@ var kinds = []kind{
 	{"user", "user[,hostfwd=...][,mtu=BYTES][,restrict=on]...", "a network of its own behind the host's sockets, which needs no privilege (the default)", openUser},
 	{"tap", "tap[:NAME][,bridge=BR][,mtu=BYTES][,fd=N][,macvtap=DEV]...", "an interface of the host, made if there is none", openTap},
 	{"null", "null[,generate=on][,size=BYTES][,count=N][,readheaders=on]", "no network: drops, and makes frames if asked to, for measurements", openNull},
+	{"vxlan", "vxlan:vni=N,remote=ADDR[;ADDR...][,local=ADDR][,port=N][,zerocopy=auto|on|off]...", "a VXLAN tunnel to other hosts, large frames from the guest's pages", openUDP},
+	{"geneve", "geneve:vni=N,remote=ADDR[;ADDR...][,local=ADDR][,port=N]...", "a Geneve tunnel to other hosts", openUDP},
+	{"dgram", "dgram:local=ADDR:PORT,remote=ADDR:PORT...", "Ethernet frames in UDP datagrams, as QEMU's -netdev dgram has them", openUDP},
 }
 
 const hostfwdUsage = "with --net user, forward a port of the host to the guest: `tcp|udp:[ADDR]:PORT-[ADDR]:PORT`; may be repeated"
@@ -96,6 +100,21 @@ func openTap(spec string, s *settings) (netdev.Device, error) {
 		o.MTU = s.mtu
 	}
 	return tap.Open(o)
+}
+
+// openUDP lets the options of --net have the last word over --mtu. A tunnel has one queue pair.
+func openUDP(spec string, s *settings) (netdev.Device, error) {
+	o, err := udp.ParseOptions(spec)
+	if err != nil {
+		return nil, &usageError{err}
+	}
+	if s.queues > 1 {
+		return nil, usagef("--queues %d: --net %s has one queue pair", s.queues, o.Mode)
+	}
+	if o.MTU == 0 {
+		o.MTU = s.mtu
+	}
+	return udp.Open(o)
 }
 
 func openNull(spec string, s *settings) (netdev.Device, error) {

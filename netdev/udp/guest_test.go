@@ -1,8 +1,10 @@
 package udp_test
 
 import (
+	"bytes"
 	"fmt"
 	"net"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -10,6 +12,7 @@ import (
 	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/virtio"
+	"github.com/vhostd/vhostd/zerocopy"
 )
 
 // heldGuest is a whole guest whose frames the kernel holds: three of them.
@@ -73,11 +76,90 @@ func TestStopWithFramesHeld(t *testing.T) {
 	}
 }
 
+// TestPeers: frames for all go to every peer, and those for an address go where it was last seen; flows use several source ports.
+func TestPeers(t *testing.T) {
+	l := newLab(t, 1500)
+	l.run("ip -n " + l.there + " address add 10.9.0.3/24 dev v0")
+	l.run("ip -n " + l.here + " neighbour replace 10.9.0.3 lladdr 02:00:00:00:00:02 dev v0")
+	peers := map[string]*far{}
+	for _, ip := range []string{thereIP, "10.9.0.3"} {
+		f := &far{TB: t, to: netip.MustParseAddrPort(hereIP + ":4789")}
+		l.in(l.there, func() (err error) {
+			f.conn, err = net.ListenUDP("udp4", &net.UDPAddr{IP: net.ParseIP(ip), Port: 4789})
+			return err
+		})
+		defer f.conn.Close()
+		peers[ip] = f
+	}
+	d := l.device("vxlan:vni=42,local=" + hereIP + ",remote=10.9.0.2;10.9.0.3,zerocopy-min=50")
+	defer func() { must(t, d.Close()) }()
+	q, s := d.Queue(0), newSent()
+	header := []byte{8, 0, 0, 0, 0, 0, 42, 0}
+	frame := netdevtest.Frame(100, 1)
+	send := func(want zerocopy.Outcome) {
+		t.Helper()
+		if q.Send([]*zerocopy.Buffer{s.buffer(frame)}) != 1 {
+			t.Fatal("not taken")
+		}
+		if o := s.next(t); o != want {
+			t.Errorf("released as %v, want %v", o, want)
+		}
+	}
+	wants := func(ip string) {
+		t.Helper()
+		if got := peers[ip].recv(); !bytes.Equal(got, append(header[:8:8], frame...)) {
+			t.Fatalf("%s got %x", ip, got)
+		}
+	}
+	send(zerocopy.CopiedFallback) // broadcast
+	wants(thereIP)
+	wants("10.9.0.3")
+	copy(frame, []byte{2, 7, 7, 7, 7, 7})
+	send(zerocopy.CopiedFallback) // unknown
+	wants(thereIP)
+	wants("10.9.0.3")
+
+	answer := netdevtest.Frame(60, 2)
+	copy(answer[6:], frame[:6])
+	peers["10.9.0.3"].send(append(header[:8:8], answer...))
+	const f = virtio.FVersion1 | virtio.FNetMrgRxbuf
+	g := netdevtest.NewGuest(t, 16, f)
+	g.Post(2, 2000)
+	p := zerocopy.NewPosted(g.Ring, f)
+	vhosttest.Eventually(t, "the answer", func() bool {
+		_, _, err := q.Recv(p, 1)
+		must(t, err)
+		_, b := g.Take()
+		return bytes.Equal(b, answer)
+	})
+	send(zerocopy.CopiedAnyway) // to one, and so by page
+	wants("10.9.0.3")
+	if n := d.Stats().Flooded; n != 2 {
+		t.Errorf("%d frames flooded", n)
+	}
+
+	ports := map[uint16]bool{}
+	for i := range byte(100) {
+		frame[11] = i // another source: another flow
+		send(zerocopy.CopiedAnyway)
+		buf := make([]byte, 200)
+		_, from, err := peers["10.9.0.3"].conn.ReadFromUDPAddrPort(buf)
+		must(t, err)
+		ports[from.Port()] = true
+		if i >= 20 {
+			break // before the throttle has its say
+		}
+	}
+	if len(ports) < 3 {
+		t.Errorf("20 flows use %d source ports", len(ports))
+	}
+}
+
 // TestHostileDatagrams: what comes from outside is dropped and counted, and good frames come through between.
 func TestHostileDatagrams(t *testing.T) {
 	l := newLab(t, 1500)
 	d := l.device(fmt.Sprintf("vxlan:vni=42,local=%s,remote=%s", hereIP, thereIP))
-	defer func() { must(t, d.Close()) }()
+	t.Cleanup(func() { must(t, d.Close()) }) // after the guest's end
 	var c net.Conn
 	must(t, l.enter(l.there, func() (err error) { c, err = net.Dial("udp4", hereIP+":4789"); return err }))
 	defer c.Close()

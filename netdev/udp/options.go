@@ -241,7 +241,7 @@ func address(s string) (netip.AddrPort, error) {
 	}
 	a, err := netip.ParseAddrPort(s)
 	if err != nil {
-		return a, errors.New("want an address like 10.0.0.1, 10.0.0.1:4789, fd00::1 or [fd00::1]:4789")
+		return a, errors.New("want an address like 10.0.0.1, 10.0.0.1:4789, [fd00::1]:4789 or fd00::1, for instance")
 	}
 	return plain(a)
 }
