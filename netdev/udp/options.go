@@ -248,7 +248,7 @@ func address(s string) (netip.AddrPort, error) {
 
 func plain(a netip.AddrPort) (netip.AddrPort, error) {
 	if a.Addr().Zone() != "" {
-		return a, errors.New("no zone, please: name the interface with dev=")
+		return a, errors.New("no zone here: dev= names the interface")
 	}
 	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()), nil
 }
@@ -291,7 +291,7 @@ func parsePolicy(o *Options, v string) error {
 // checkName holds a name to the kernel's rule for interfaces (dev_valid_name).
 func checkName(s string) error {
 	if s == "" || len(s) >= unix.IFNAMSIZ || s == "." || s == ".." || strings.ContainsAny(s, "/: \t\n\v\f\r") {
-		return fmt.Errorf("%q is no interface name: want 1 to %d characters without blanks, / and :", s, unix.IFNAMSIZ-1)
+		return fmt.Errorf("%q is no interface name: want 1 to %d characters without blanks, slashes and colons", s, unix.IFNAMSIZ-1)
 	}
 	return nil
 }

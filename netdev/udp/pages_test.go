@@ -194,6 +194,27 @@ func TestPolicy(t *testing.T) {
 	}
 }
 
+// TestFragmentsAreCopied: the kernel's IP cuts what is longer than the path's MTU, and says that it copied.
+func TestFragmentsAreCopied(t *testing.T) {
+	l, d := toSink(t, ",zerocopy=on")
+	l.run("ip -n " + l.here + " link set i0 mtu 1500")
+	s := newSent()
+	for _, c := range []struct {
+		n    int
+		want zerocopy.Outcome
+	}{{1450 + etherLen, zerocopy.ZeroCopied}, {1451 + etherLen, zerocopy.CopiedAnyway}, {big, zerocopy.CopiedAnyway}} {
+		if d.Queue(0).Send([]*zerocopy.Buffer{s.buffer(netdevtest.Frame(c.n, 1))}) != 1 {
+			t.Fatal("not taken")
+		}
+		if got := s.next(t); got != c.want {
+			t.Errorf("%d bytes: %v, want %v", c.n, got, c.want)
+		}
+	}
+	if n := d.Queue(0).Counters().SendDropped; n != 0 {
+		t.Errorf("%d frames dropped", n)
+	}
+}
+
 // TestPulledBytesArrive: where a frame has a page too many its first bytes travel in private memory, and nobody can tell.
 func TestPulledBytesArrive(t *testing.T) {
 	r := newRig(t, ",zerocopy=on")
