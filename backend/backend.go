@@ -55,7 +55,6 @@ type Options struct {
 	DrainTimeout time.Duration
 	MaxPairs     int             // 0: as many as the device has
 	Disable      virtio.Features // bits not to offer
-	Packed       bool            // offer packed rings as well
 }
 
 // Backend serves one VM's network device, to one front-end after the other.

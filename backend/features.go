@@ -15,7 +15,7 @@ const (
 
 // always are the features of every device: what its netdev lacks of the offloads is done in software.
 const always = virtio.FVersion1 | virtio.FAnyLayout | virtio.FNotifyOnEmpty | virtio.FIndirectDesc | virtio.FEventIdx |
-	virtio.FInOrder | virtio.FProtocolFeatures |
+	virtio.FInOrder | virtio.FRingPacked | virtio.FProtocolFeatures |
 	virtio.FNetMrgRxbuf | virtio.FNetStatus | virtio.FNetGuestAnnounce |
 	virtio.FNetCsum | virtio.FNetHostTSO4 | virtio.FNetHostTSO6 | virtio.FNetHostECN | virtio.FNetHostUFO | virtio.FNetHostUSO |
 	virtio.FNetGuestCsum | virtio.FNetGuestTSO4 | virtio.FNetGuestTSO6 | virtio.FNetGuestECN | virtio.FNetGuestUFO |
@@ -24,9 +24,6 @@ const always = virtio.FVersion1 | virtio.FAnyLayout | virtio.FNotifyOnEmpty | vi
 // offered are the features that a backend with options o offers.
 func offered(o Options) (virtio.Features, vhostuser.ProtocolFeatures) {
 	f := always
-	if o.Packed {
-		f |= virtio.FRingPacked
-	}
 	if o.MAC != [6]byte{} {
 		f |= virtio.FNetMAC
 	}

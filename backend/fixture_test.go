@@ -19,7 +19,7 @@ import (
 // serve makes a Backend of d. Its log goes to the test's.
 func serve(t testing.TB, d *device, set ...func(*backend.Options)) *backend.Backend {
 	t.Helper()
-	o := backend.Options{Device: d, Packed: true, Poll: 20 * time.Microsecond, DrainTimeout: 200 * time.Millisecond, Log: logger(t)}
+	o := backend.Options{Device: d, Poll: 20 * time.Microsecond, DrainTimeout: 200 * time.Millisecond, Log: logger(t)}
 	for _, f := range set {
 		f(&o)
 	}
