@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/vhostd/vhostd/backend"
+	"github.com/vhostd/vhostd/internal/require"
 	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/netdev/null"
@@ -92,7 +93,7 @@ func allocsPerFrame(t *testing.T, n int, f func() error) float64 {
 }
 
 func TestSteadyStateAllocatesNothing(t *testing.T) {
-	if raceDetector {
+	if require.Race {
 		t.Skip("skipped: the race detector allocates on its own account")
 	}
 	const n = 50_000

@@ -3,6 +3,7 @@ package user
 import (
 	"testing"
 
+	"github.com/vhostd/vhostd/internal/require"
 	"github.com/vhostd/vhostd/netdev/netdevtest"
 )
 
@@ -15,6 +16,6 @@ func TestDevice(t *testing.T) {
 		must(t, err)
 		must(t, d.SetPairs(1))
 		// Recv frees into pools, which grow when more is freed than was taken.
-		return netdevtest.Harness{Device: d, Inject: d.link.sendFrame, RecvAllocates: true, SendAllocates: raceEnabled}
+		return netdevtest.Harness{Device: d, Inject: d.link.sendFrame, RecvAllocates: true, SendAllocates: require.Race}
 	})
 }

@@ -1,0 +1,6 @@
+//go:build !race
+
+package require
+
+// Race tells whether the race detector is compiled in.
+const Race = false
