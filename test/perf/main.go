@@ -63,7 +63,8 @@ func main() {
 			for _, p := range peers {
 				samples, err := measure(p, w, *seconds)
 				if err != nil {
-					log.Fatalf("%s, %s: %v", w.name, p.name, err)
+					// testpmd's console hangs at times under a flood: the turn is lost, and said to be.
+					log.Printf("%s, %s: turn lost: %v", w.name, p.name, err)
 				}
 				for _, s := range samples {
 					if rates[s.class] == nil {
