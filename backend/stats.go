@@ -9,9 +9,9 @@ import (
 
 // counters are what the queue counts by itself while its ring runs.
 type counters struct {
-	kicks, calls, waits                           uint64
-	kickErrors, callErrors, deviceErrors, invalid uint64
-	deviceFailed                                  bool
+	kicks, calls, waits             uint64
+	kickErrors, callErrors, invalid uint64
+	deviceFailed                    bool
 }
 
 // Stats is a snapshot of a Backend's state and counters.

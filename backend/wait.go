@@ -49,11 +49,11 @@ func (q *queue) wait() {
 	if fds[0].Revents != 0 {
 		q.wake.Drain()
 	}
-	q.awake(w.kick, fds[1].Revents, fds[2].Revents)
+	q.awake(w.kick, fds[1].Revents)
 }
 
 // awake takes note of what ended the wait.
-func (q *queue) awake(kick int, kicked, device int16) {
+func (q *queue) awake(kick int, kicked int16) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.window != nil {
@@ -66,9 +66,6 @@ func (q *queue) awake(kick int, kicked, device int16) {
 			q.live.kickErrors++
 			setFD(&q.kick, -1)
 		}
-	}
-	if device&(unix.POLLERR|unix.POLLNVAL) != 0 && device&(unix.POLLIN|unix.POLLOUT) == 0 {
-		q.live.deviceErrors++
 	}
 }
 
