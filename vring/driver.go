@@ -135,25 +135,31 @@ func (d *Driver) storeWord() {
 	atomic.StoreUint32(d.availWord, uint32(d.published)<<16|uint32(d.flags))
 }
 
+// need is how many descriptors of the ring a chain of n buffers takes, and whether it goes into an indirect table.
+func (d *Driver) need(n int) (need int, indirect bool, err error) {
+	if need = n; n > 1 && n <= d.tableLen {
+		need, indirect = 1, true
+	}
+	switch {
+	case n == 0:
+		return 0, false, errors.New("chain without buffers")
+	case need > d.size:
+		return 0, false, fmt.Errorf("chain of %d buffers, queue size %d", n, d.size)
+	case need > d.freeLen:
+		return 0, false, ErrFull
+	}
+	return need, indirect, nil
+}
+
 // Add writes a chain that the device cannot see yet: readable buffers, then writable ones, at least one in all. The id that it returns
 // is the chain's head, which Reap will return; of a packed ring, its buffer id.
 func (d *Driver) Add(readable, writable []Buf) (id uint16, err error) {
 	if d.packed != nil {
 		return d.addPacked(readable, writable)
 	}
-	n := len(readable) + len(writable)
-	indirect := n > 1 && n <= d.tableLen
-	need := n
-	if indirect {
-		need = 1
-	}
-	switch {
-	case n == 0:
-		return 0, errors.New("chain without buffers")
-	case need > d.size:
-		return 0, fmt.Errorf("chain of %d buffers, queue size %d", n, d.size)
-	case need > d.freeLen:
-		return 0, ErrFull
+	need, indirect, err := d.need(len(readable) + len(writable))
+	if err != nil {
+		return 0, err
 	}
 	id = d.free[d.freeHead&d.mask]
 	if indirect {

@@ -1,7 +1,6 @@
 package vring
 
 import (
-	"errors"
 	"fmt"
 	"sync/atomic"
 
@@ -42,18 +41,9 @@ func (d *Driver) openPacked(cfg DriverConfig) error {
 // addPacked is Add.
 func (d *Driver) addPacked(readable, writable []Buf) (id uint16, err error) {
 	n := len(readable) + len(writable)
-	indirect := n > 1 && n <= d.tableLen
-	need := n
-	if indirect {
-		need = 1
-	}
-	switch {
-	case n == 0:
-		return 0, errors.New("chain without buffers")
-	case need > d.size:
-		return 0, fmt.Errorf("chain of %d buffers, queue size %d", n, d.size)
-	case need > d.freeLen:
-		return 0, ErrFull
+	need, indirect, err := d.need(n)
+	if err != nil {
+		return 0, err
 	}
 	id = d.free[d.freeHead&d.mask]
 	d.freeHead++
