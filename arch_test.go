@@ -30,10 +30,11 @@ var layers = map[string][]string{
 	"vring":              {"virtio", "guestmem", "internal/shm"},
 	"zerocopy":           {"virtio", "guestmem", "vring", "offload"},
 	"netdev":             {"zerocopy", "offload", "virtio"},
-	"netdev/*":           {"netdev", "zerocopy", "offload", "virtio", "internal/sys", "internal/sys/uring"},
+	"netdev/*":           {"netdev", "zerocopy", "offload", "virtio", "internal/sys", "internal/sys/uring", "internal/shm"},
 	"vhostuser":          {"internal/sys"},
 	"backend":            {"vhostuser", "vring", "zerocopy", "netdev", "netdev/soft", "guestmem", "virtio", "offload", "internal/sys"},
-	"cmd/*":              {"backend", "netdev", "netdev/*", "vhostuser", "virtio", "internal/*", "offload"},
+	"bench":              {"vhostuser", "vring", "guestmem", "virtio", "internal/sys", "internal/shm"},
+	"cmd/*":              {"backend", "bench", "netdev", "netdev/*", "vhostuser", "virtio", "internal/*", "offload"},
 	// What tests and people use may see everything.
 	"internal/control":   {"internal/sys"},
 	"internal/vhosttest": {"*"},

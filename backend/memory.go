@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/vhostd/vhostd/guestmem"
+	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/vhostuser"
 )
 
@@ -89,8 +90,24 @@ func (s *session) useTable(regions, fresh []*guestmem.Region) error {
 	for _, q := range s.queues {
 		errs = append(errs, q.setTable(table))
 	}
+	s.register(table)
 	old.Unpin()
 	return errors.Join(errs...)
+}
+
+// register tells a device that wants to know of it what memory the guest has. No worker runs.
+func (s *session) register(table *guestmem.Table) {
+	r, ok := s.b.dev.(netdev.Registrar)
+	if !ok {
+		return
+	}
+	var regions [][]byte
+	for _, m := range table.Regions() {
+		regions = append(regions, m.Bytes())
+	}
+	if err := r.SetMemory(regions); err != nil {
+		s.b.log.Warn("the device cannot register guest memory, and does without", "error", err)
+	}
 }
 
 // countMemory notes the size of guest memory for Stats, which may ask at any time.

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/vhostd/vhostd/guestmem"
+	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/offload"
 	"github.com/vhostd/vhostd/vhostuser"
 	"github.com/vhostd/vhostd/virtio"
@@ -71,6 +72,11 @@ func (s *session) close() {
 	}
 	if s.back != nil {
 		_ = s.back.Close()
+	}
+	if r, ok := s.b.dev.(netdev.Registrar); ok {
+		if err := r.SetMemory(nil); err != nil {
+			s.b.log.Warn("guest memory is still registered", "error", err)
+		}
 	}
 	s.table.Unpin()
 }

@@ -75,6 +75,16 @@ type Orphaner interface{ Orphan() }
 // for writing although every frame was taken, and Reap tries again. It is called from the transmitq's side.
 type Holder interface{ Held() bool }
 
+// Registrar is a Device that makes guest memory known to the kernel in advance (a UMEM, registered buffers). Such a hold outlasts what the VMM
+// does to the pages: after a balloon took one away, the kernel goes on with the old page. So a device does it only when its user said
+// that no page of the guest's is ever taken away, and copies, or has pages held for one frame at a time, when not.
+type Registrar interface {
+	// SetMemory says which memory the guest has from now on; nil is none. No worker runs. The regions stay mapped until the next SetMemory
+	// has returned, which waits, up to a deadline of the device's own, until nothing refers to those that have gone. After an
+	// error the device carries frames without any memory registered: the session goes on and says so.
+	SetMemory(regions [][]byte) error
+}
+
 // Counters are what a device counts by itself, in frames.
 type Counters struct {
 	SendDropped uint64 // taken by Send and not sent: the host refused them

@@ -17,17 +17,19 @@ type kind struct {
 	name string
 	form string // how it is written, for people
 	what string
-	open func(spec string, s *settings) (netdev.Device, error) // settles what --net says of other settings
+	// pages: frames can leave from the guest's own pages.
+	pages bool
+	open  func(spec string, s *settings) (netdev.Device, error) // settles what --net says of other settings
 }
 
 // kinds are all that there are; the first is the default.
 var kinds = []kind{
-	{"user", "user[,hostfwd=...][,mtu=BYTES][,restrict=on]...", "a network of its own behind the host's sockets, which needs no privilege (the default)", openUser},
-	{"tap", "tap[:NAME][,bridge=BR][,mtu=BYTES][,fd=N][,macvtap=DEV]...", "an interface of the host, made if there is none", openTap},
-	{"null", "null[,generate=on][,size=BYTES][,count=N][,readheaders=on]", "no network: drops, and makes frames if asked to, for measurements", openNull},
-	{"vxlan", "vxlan:vni=N,remote=ADDR[;ADDR...][,local=ADDR][,port=N][,zerocopy=auto|on|off]...", "a VXLAN tunnel to other hosts, large frames from the guest's pages", openUDP},
-	{"geneve", "geneve:vni=N,remote=ADDR[;ADDR...][,local=ADDR][,port=N]...", "a Geneve tunnel to other hosts", openUDP},
-	{"dgram", "dgram:local=ADDR:PORT,remote=ADDR:PORT...", "Ethernet frames in UDP datagrams, as QEMU's -netdev dgram has them", openUDP},
+	{"user", "user[,hostfwd=...][,mtu=BYTES][,restrict=on]...", "a network of its own behind the host's sockets, which needs no privilege (the default)", false, openUser},
+	{"tap", "tap[:NAME][,bridge=BR][,mtu=BYTES][,fd=N][,macvtap=DEV]...", "an interface of the host, made if there is none", false, openTap},
+	{"null", "null[,generate=on][,size=BYTES][,count=N][,readheaders=on]", "no network: drops, and makes frames if asked to, for measurements", false, openNull},
+	{"vxlan", "vxlan:vni=N,remote=ADDR[;ADDR...][,local=ADDR][,port=N][,zerocopy=auto|on|off]...", "a VXLAN tunnel to other hosts, large frames from the guest's pages", true, openUDP},
+	{"geneve", "geneve:vni=N,remote=ADDR[;ADDR...][,local=ADDR][,port=N]...", "a Geneve tunnel to other hosts", true, openUDP},
+	{"dgram", "dgram:local=ADDR:PORT,remote=ADDR:PORT...", "Ethernet frames in UDP datagrams, as QEMU's -netdev dgram has them", true, openUDP},
 }
 
 const hostfwdUsage = "with --net user, forward a port of the host to the guest: `tcp|udp:[ADDR]:PORT-[ADDR]:PORT`; may be repeated"
@@ -36,6 +38,17 @@ func kindNames() string {
 	var names []string
 	for _, k := range kinds {
 		names = append(names, k.name)
+	}
+	return strings.Join(names, ", ")
+}
+
+// pageKinds names the kinds of which frames can leave from the guest's pages.
+func pageKinds() string {
+	var names []string
+	for _, k := range kinds {
+		if k.pages {
+			names = append(names, k.name)
+		}
 	}
 	return strings.Join(names, ", ")
 }
@@ -57,9 +70,13 @@ func openDevice(s *settings) (netdev.Device, error) {
 		return nil, usagef("--hostfwd is for --net user; behind %s the guest has addresses of its own", name)
 	}
 	for _, k := range kinds {
-		if k.name == name {
-			return k.open(s.net, s)
+		if k.name != name {
+			continue
 		}
+		if s.policy == netdev.On && !k.pages {
+			return nil, usagef("--zerocopy on: --net %s copies every frame; %s do not", name, pageKinds())
+		}
+		return k.open(s.net, s)
 	}
 	return nil, usagef("--net %q: unknown kind %q, known are %s", s.net, name, kindNames())
 }
@@ -113,6 +130,9 @@ func openUDP(spec string, s *settings) (netdev.Device, error) {
 	}
 	if o.MTU == 0 {
 		o.MTU = s.mtu
+	}
+	if o.ZeroCopy == netdev.Auto {
+		o.ZeroCopy = s.policy
 	}
 	return udp.Open(o)
 }

@@ -12,11 +12,17 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/vhostd/vhostd/backend"
+	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/virtio"
 )
 
 // controlSuffix makes the control socket's path of the vhost-user socket's.
 const controlSuffix = ".ctl"
+
+// noBalloonUsage: what is registered goes on to be the page that it was, when a balloon, free page reporting or virtio-mem has taken that page
+// from the guest and given it another.
+const noBalloonUsage = "promise that the VM has no balloon, free page reporting or virtio-mem: guest memory is registered with the kernel once, not for each frame; " +
+	"with one of them, wrong bytes would be sent"
 
 // controlNone is the --control that asks for no control socket.
 const controlNone = "none"
@@ -33,6 +39,8 @@ type flags struct {
 	mac                     string
 	mtu, queues             int
 	poll                    time.Duration
+	zerocopy                string
+	noBalloon               bool
 	disable                 string
 	control, metrics        string
 	pprof                   bool
@@ -53,6 +61,8 @@ func (f *flags) register(fs *pflag.FlagSet) {
 	fs.IntVar(&f.mtu, "mtu", 0, "MTU in `bytes` to offer to the guest; a tap gets it as well (default: the device's)")
 	fs.IntVar(&f.queues, "queues", 0, "queue pairs to offer, `N` (default: 1, or what --net says)")
 	fs.DurationVar(&f.poll, "poll", backend.DefaultPoll, "longest busy wait before sleeping; tunes itself below that; 0 for none")
+	fs.StringVar(&f.zerocopy, "zerocopy", "auto", "send from the guest's own pages: auto (large frames, where it pays), on (all that --net can) or off")
+	fs.BoolVar(&f.noBalloon, "no-balloon", false, noBalloonUsage)
 	fs.StringVar(&f.disable, "disable-features", "", "virtio features not to offer, a `list` like MRG_RXBUF,EVENT_IDX")
 
 	fs.StringVar(&f.control, "control", "", "`path` of the control socket, or none (default: --socket-path with "+controlSuffix+" added)")
@@ -69,6 +79,7 @@ type settings struct {
 	group   int    // of the socket; -1: leave it
 	mac     [6]byte
 	disable virtio.Features
+	policy  netdev.Policy // of sending from the guest's pages
 	level   slog.Level
 }
 
@@ -105,6 +116,9 @@ func (f flags) settle(given func(name string) bool) (settings, error) {
 func (s *settings) parse() (err error) {
 	if err := s.level.UnmarshalText([]byte(s.logLevel)); err != nil {
 		return fmt.Errorf("--log-level %q: want debug, info, warn or error", s.logLevel)
+	}
+	if s.policy, err = netdev.ParsePolicy(s.flags.zerocopy); err != nil {
+		return fmt.Errorf("--zerocopy: %w", err)
 	}
 	if s.mac, err = parseMAC(s.flags.mac); err != nil {
 		return err

@@ -57,6 +57,14 @@ func (d *device) Capabilities() netdev.Capabilities {
 // Queue implements netdev.Device.
 func (d *device) Queue(i int) netdev.Queue { return &d.queues[i] }
 
+// SetMemory implements netdev.Registrar for an inner device that does.
+func (d *device) SetMemory(regions [][]byte) error {
+	if r, ok := d.Device.(netdev.Registrar); ok {
+		return r.SetMemory(regions)
+	}
+	return nil
+}
+
 // Close drops what waits for room, and closes the inner device.
 func (d *device) Close() error {
 	for i := range d.queues {

@@ -117,7 +117,7 @@ func (d *Device) openSender() error {
 func (d *Device) openFlights() error {
 	s := &d.queue.send
 	s.min = d.opts.ZeroCopyMin
-	if d.opts.ZeroCopy == Off {
+	if d.opts.ZeroCopy == netdev.Off {
 		d.zerocopy = "never: switched off"
 		return nil
 	}
@@ -126,7 +126,7 @@ func (d *Device) openFlights() error {
 	case err == nil:
 		s.flights = f
 		d.zerocopy = fmt.Sprintf("frames of %d bytes and more, as far as the network device takes pages", s.min)
-	case d.opts.ZeroCopy == On:
+	case d.opts.ZeroCopy == netdev.On:
 		return fmt.Errorf("zerocopy=on: %w", err)
 	default:
 		d.zerocopy = fmt.Sprintf("never: no io_uring (%v)", err)

@@ -10,6 +10,7 @@ import (
 
 	"github.com/vhostd/vhostd/internal/sys"
 	"github.com/vhostd/vhostd/internal/sys/uring"
+	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/zerocopy"
 )
 
@@ -54,7 +55,7 @@ const (
 )
 
 // newFlights opens an io_uring for up to pending frames.
-func newFlights(pending int, p Policy) (*flights, error) {
+func newFlights(pending int, p netdev.Policy) (*flights, error) {
 	// Every send has two completions; the requests of one batch come on top of what is in flight.
 	ring, err := uring.New(batchSends, 2*(pending+batchSends))
 	if err != nil {
@@ -66,7 +67,7 @@ func newFlights(pending int, p Policy) (*flights, error) {
 		return nil, err
 	}
 	f := &flights{
-		ring: ring, slots: make([]flight, pending), throttle: throttle{always: p == On},
+		ring: ring, slots: make([]flight, pending), throttle: throttle{always: p == netdev.On},
 		start: make(chan struct{}, 1), stop: stop, ended: make(chan struct{}),
 	}
 	for i := range f.slots {

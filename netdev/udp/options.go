@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/netdev"
 )
 
 // Defaults, and bounds of what can be asked for.
@@ -28,21 +30,6 @@ const (
 	maxMTU     = 65535 - 20 - 8 - etherHdr // of the guest: no datagram is longer
 )
 
-// Policy says when frames leave without a copy.
-type Policy uint8
-
-// The policies.
-const (
-	Auto Policy = iota // from a size on, for as long as the kernel does not copy all the same
-	On                 // always, whatever the kernel does with it
-	Off                // never
-)
-
-var policies = []string{"auto", "on", "off"}
-
-// String is the policy's name in options.
-func (p Policy) String() string { return policies[p] }
-
 // Options say how the network is reached.
 type Options struct {
 	Mode    Mode
@@ -55,7 +42,7 @@ type Options struct {
 	NoLearn bool             // frames go to all peers, whatever comes from where
 	Ports   int              // source ports that flows are spread over; 0 is DefaultPorts. Dgram has one, Local's
 
-	ZeroCopy        Policy
+	ZeroCopy        netdev.Policy
 	ZeroCopyMin     int           // bytes; 0 is DefaultZeroCopyMin. With On there is no least
 	ZeroCopyPending int           // frames in the kernel's hands at most; 0 is DefaultZeroCopyPending
 	Drain           time.Duration // that Close waits for the kernel at most; 0 is DefaultDrain
@@ -201,9 +188,9 @@ func (o Options) checkNumbers() (Options, error) {
 		return o, errors.New("local=ADDR:PORT is missing: where the peer sends to")
 	case o.VNI > maxVNI:
 		return o, fmt.Errorf("vni %d, at most %d", o.VNI, maxVNI)
-	case o.ZeroCopy == Off && (o.ZeroCopyMin != 0 || o.ZeroCopyPending != 0):
+	case o.ZeroCopy == netdev.Off && (o.ZeroCopyMin != 0 || o.ZeroCopyPending != 0):
 		return o, errors.New("zerocopy=off leaves nothing for zerocopy-min and zerocopy-pending to say")
-	case o.ZeroCopy == On && o.ZeroCopyMin != 0:
+	case o.ZeroCopy == netdev.On && o.ZeroCopyMin != 0:
 		return o, errors.New("zerocopy=on knows no least size: zerocopy-min is for auto")
 	}
 	def := func(v *int, d int) {
@@ -217,7 +204,7 @@ func (o Options) checkNumbers() (Options, error) {
 	if o.Drain == 0 {
 		o.Drain = DefaultDrain
 	}
-	if o.ZeroCopy == On {
+	if o.ZeroCopy == netdev.On {
 		o.ZeroCopyMin = 1
 	}
 	if o.ZeroCopyPending < 1 || o.ZeroCopyPending > maxPending || o.Ports < 1 || o.Ports > maxPorts {
@@ -279,13 +266,9 @@ func parseLearning(o *Options, v string) error {
 	return nil
 }
 
-func parsePolicy(o *Options, v string) error {
-	i := slices.Index(policies, v)
-	if i < 0 {
-		return fmt.Errorf("want %s", strings.Join(policies, ", "))
-	}
-	o.ZeroCopy = Policy(i)
-	return nil
+func parsePolicy(o *Options, v string) (err error) {
+	o.ZeroCopy, err = netdev.ParsePolicy(v)
+	return err
 }
 
 // checkName holds a name to the kernel's rule for interfaces (dev_valid_name).

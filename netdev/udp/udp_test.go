@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/internal/require"
+	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/netdev/udp"
 	"github.com/vhostd/vhostd/virtio"
@@ -79,7 +80,7 @@ func TestDgram(t *testing.T) {
 				o, err := udp.ParseOptions(fmt.Sprintf("dgram:local=%s,remote=%s%s", f.to, f.addr(), options))
 				must(t, err)
 				d, err := udp.Open(o)
-				if o.ZeroCopy == udp.On && (errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EPERM)) {
+				if o.ZeroCopy == netdev.On && (errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EPERM)) {
 					require.Skip(t, "uring", "%v", err)
 				}
 				must(t, err)
