@@ -1,6 +1,7 @@
 package shm
 
 import (
+	"errors"
 	"fmt"
 	"os"
 
@@ -12,6 +13,7 @@ type Mapping struct {
 	Bytes  []byte // the part asked for
 	whole  []byte // from the page before it; nil when backed by the heap
 	source source
+	huge   *hugeFile // nil for pages of the usual size
 }
 
 // source is the place in a file that a Mapping shows.
@@ -48,8 +50,12 @@ func Map(fd int, off, size uint64) (*Mapping, error) {
 	}
 	// Best effort: a kernel without the advice still maps correctly.
 	_ = unix.Madvise(whole, unix.MADV_DONTDUMP)
+	huge, err := keepHuge(fd, whole, start, uintptr(page))
+	if err != nil {
+		return nil, errors.Join(err, unix.Munmap(whole))
+	}
 	b := whole[off-start:]
-	return &Mapping{Bytes: b[:size:size], whole: whole, source: source{st.Dev, st.Ino, off}}, nil
+	return &Mapping{Bytes: b[:size:size], whole: whole, source: source{st.Dev, st.Ino, off}, huge: huge}, nil
 }
 
 // Heap returns a Mapping backed by Go's heap, which the race detector can watch.
@@ -60,10 +66,10 @@ func Heap(size int) *Mapping {
 
 // Unmap gives the memory back; every slice of it is invalid from then on. A second call does nothing.
 func (m *Mapping) Unmap() error {
-	whole := m.whole
-	m.Bytes, m.whole = nil, nil
+	whole, huge := m.whole, m.huge
+	m.Bytes, m.whole, m.huge = nil, nil, nil
 	if whole == nil {
 		return nil
 	}
-	return unix.Munmap(whole)
+	return errors.Join(huge.forget(), unix.Munmap(whole))
 }
