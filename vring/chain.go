@@ -1,6 +1,9 @@
 package vring
 
-import "github.com/vhostd/vhostd/guestmem"
+import (
+	"github.com/vhostd/vhostd/guestmem"
+	"github.com/vhostd/vhostd/internal/shm"
+)
 
 // Seg is a piece of guest memory that a descriptor names, translated: never empty, and never longer than its memory region.
 type Seg struct {
@@ -16,7 +19,11 @@ type Chain struct {
 	ReadLen  uint32 // bytes in the device-readable segments
 	WriteLen uint32 // bytes in the device-writable segments
 	Head     uint16 // what the used ring entry names
+	Descs    uint16 // descriptors of the ring that it takes: an indirect table is one
 }
+
+// Prefetch asks for the first n bytes of the first segment, which is device-writable.
+func (c *Chain) Prefetch(n int) { shm.PrefetchWrite(c.Segs[0].Mem[:min(n, len(c.Segs[0].Mem))]) }
 
 // Status is the outcome of Pop. Empty, malformed and broken are different things: an empty ring is waited on, a malformed chain is
 // returned to the driver unused, a broken ring is stopped.

@@ -86,7 +86,7 @@ func (d *Device) popPacked(c *Chain) Status {
 	d.takePacked(id, 1)
 	c.Segs = c.Segs[:1]
 	c.Segs[0] = Seg{Mem: mem, Addr: addr}
-	c.Head = id
+	c.Head, c.Descs = id, 1
 	if flags&virtio.DescWrite == 0 {
 		c.Readable, c.ReadLen, c.WriteLen = 1, n, 0
 	} else {
@@ -146,7 +146,7 @@ func (d *Device) popPackedSlow(c *Chain) Status {
 		return s
 	}
 	d.takePacked(id, n)
-	c.Head = id
+	c.Head, c.Descs = id, uint16(n)
 	if s == Malformed {
 		c.reset(id)
 	}

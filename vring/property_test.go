@@ -164,6 +164,9 @@ func (m *model) doPop(rt *rapid.T) {
 	if diff := cmp.Diff(m.avail[0], shapeOf(&m.chain)); diff != "" {
 		rt.Fatal(diff)
 	}
+	if want := m.descs[m.chain.Head]; int(m.chain.Descs) != want {
+		rt.Fatalf("chain of %d descriptors, was added with %d", m.chain.Descs, want)
+	}
 	m.popped = append(m.popped, m.avail[0])
 	m.history = append(m.history, int(m.avail[0].Head))
 	m.avail = m.avail[1:]

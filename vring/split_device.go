@@ -29,7 +29,7 @@ func (d *Device) Pop(c *Chain) Status {
 				d.next++
 				c.Segs = c.Segs[:1]
 				c.Segs[0] = Seg{Mem: mem, Addr: guestmem.GPA(desc.Addr)}
-				c.Head = head
+				c.Head, c.Descs = head, 1
 				if desc.Flags&virtio.DescWrite == 0 {
 					c.Readable, c.ReadLen, c.WriteLen = 1, desc.Len, 0
 				} else {
@@ -84,6 +84,9 @@ func (d *Device) Available() int {
 	return int(d.avail - d.next)
 }
 
+// Known is the number of chains that are known to be available without a look at memory that the driver writes.
+func (d *Device) Known() int { return int(d.avail - d.next) }
+
 // Unpop gives back the n chains popped last, none of which was Put: they will be popped again.
 func (d *Device) Unpop(n int) {
 	if out := int(d.next - d.usedNext); n < 0 || n > out {
@@ -128,6 +131,7 @@ func (d *Device) walk(c *Chain, head uint16) Status {
 	good := true
 	for i, left := head, len(d.desc); left > 0; left-- {
 		desc := d.desc[i]
+		c.Descs++
 		switch {
 		case desc.Flags&virtio.DescIndirect != 0:
 			if !good {

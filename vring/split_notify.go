@@ -15,6 +15,23 @@ func (d *Device) Put(head uint16, written uint32) {
 	d.usedNext++
 }
 
+// PrefetchUsed asks for the ring memory that the next n Puts, each of a chain of one descriptor, write.
+func (d *Device) PrefetchUsed(n int) {
+	if d.packed != nil {
+		prefetch(d.packed.ring, int(d.packed.used.slot), n)
+		return
+	}
+	prefetch(d.used, int(d.usedNext&d.mask), n)
+}
+
+// prefetch asks for the n values of ring from i on.
+func prefetch[T any](ring []T, i, n int) {
+	shm.PrefetchWrite(shm.Bytes(ring[i:min(i+n, len(ring))]))
+	if rest := i + n - len(ring); rest > 0 {
+		shm.PrefetchWrite(shm.Bytes(ring[:min(rest, len(ring))]))
+	}
+}
+
 // Publish lets the driver see every chain Put so far (virtio-v1.2 §2.7.8.2). It does nothing when there is none.
 func (d *Device) Publish() {
 	n := d.usedNext - d.published

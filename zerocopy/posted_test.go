@@ -363,3 +363,40 @@ func BenchmarkWindow(b *testing.B) {
 		b.StartTimer()
 	}
 }
+
+// The same where every buffer takes several descriptors: then the ring is full of far fewer buffers than it has descriptors. A frame that waited for
+// more would wait for ever, and all behind it.
+func TestPostedTooBigForRingOfChains(t *testing.T) {
+	for f, sizes := range map[virtio.Features][]int{
+		features:                      {8},
+		features | virtio.FRingPacked: {6, 7, 8}, // with 0, 1 and 2 descriptors to spare
+	} {
+		for _, size := range sizes {
+			t.Run(fmt.Sprintf("packed=%v/%d", f.Has(virtio.FRingPacked), size), func(t *testing.T) {
+				g := &posts{guest: newGuest(t, size, f), mem: map[uint16][][]byte{}}
+				p := NewPosted(g.ring, f)
+				write := func(n int) WriteResult { return p.Write(virtio.NetHdr{}, [][]byte{frame(n, byte(n))}) }
+				g.add(12, 30, 58)
+				if r := write(150); r != NoRoom || p.Stats.TooBig != 0 {
+					t.Fatalf("with room for another buffer: %v, stats %+v", r, p.Stats)
+				}
+				g.add(1, 90, 9)
+				if r := write(180); r != Written {
+					t.Fatalf("in two buffers: %v", r)
+				}
+				if _, b, ok := g.received(virtio.NetHdrSize); !ok || !bytes.Equal(b, frame(180, 180)) {
+					t.Fatalf("received %d bytes", len(b))
+				}
+				for range 2 {
+					g.add(12, 30, 58)
+				}
+				if r := write(500); r != TooBig || p.Stats.TooBig != 1 {
+					t.Fatalf("larger than the ring: %v, stats %+v", r, p.Stats)
+				}
+				if r := write(80); r != Written {
+					t.Errorf("the next frame: %v", r)
+				}
+			})
+		}
+	}
+}
