@@ -121,10 +121,12 @@ func (d *Device) openFlights() error {
 		d.zerocopy = "never: switched off"
 		return nil
 	}
-	f, err := newFlights(d.opts.ZeroCopyPending, d.opts.ZeroCopy)
+	e, err := newRingEngine(d.opts.ZeroCopyPending)
+	if err == nil {
+		s.flights, err = newFlights(e, d.opts.ZeroCopyPending, d.opts.ZeroCopy)
+	}
 	switch {
 	case err == nil:
-		s.flights = f
 		d.zerocopy = fmt.Sprintf("frames of %d bytes and more, as far as the network device takes pages", s.min)
 	case d.opts.ZeroCopy == netdev.On:
 		return fmt.Errorf("zerocopy=on: %w", err)

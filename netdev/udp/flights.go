@@ -6,10 +6,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/vhostd/vhostd/internal/sys"
-	"github.com/vhostd/vhostd/internal/sys/uring"
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/zerocopy"
 )
@@ -18,9 +15,6 @@ import (
 // thread in that time, and adds to the time that a sleeping worker's guest waits for its buffers.
 const watchNap = 250 * time.Microsecond
 
-// batchSends is how many sends the io_uring takes in one system call.
-const batchSends = 64
-
 // flight is a frame whose pages the kernel refers to.
 type flight struct {
 	buf     *zerocopy.Buffer // nil: free
@@ -28,12 +22,27 @@ type flight struct {
 	page    []byte           // see sender.fit; nil until it is needed
 }
 
+// engine has the kernel send frames from their pages, and hears when it is done with them. Its methods are called with flights.mu locked,
+// but for wait. It ends each flight that it was given once, by flights.end or flights.done.
+type engine interface {
+	// send hands over datagrams, and returns how many frames were refused: of these, and of earlier ones as far as that turns out here.
+	send(f *flights, p *pageSends) (refused uint64)
+	// poke has the kernel tell what it holds back until the worker's next system call.
+	poke()
+	// reap takes all that the kernel told, and returns how many frames turned out to be refused.
+	reap(f *flights) (refused uint64)
+	// wait returns when the kernel has something to tell, or stop is readable (-1: there is none), or a signal comes.
+	wait(stop int)
+	// close is called when no frame is in flight.
+	close() error
+}
+
 // flights are the frames whose pages the kernel refers to. The transmitq's worker adds them; they are ended by the worker or by watch.
 type flights struct {
 	out atomic.Int64 // frames
 
 	mu       sync.Mutex
-	ring     *uring.Ring
+	engine   engine
 	slots    []flight
 	free     []int
 	throttle throttle
@@ -54,20 +63,15 @@ const (
 	byCopy        // and here it copied them after all
 )
 
-// newFlights opens an io_uring for up to pending frames.
-func newFlights(pending int, p netdev.Policy) (*flights, error) {
-	// Every send has two completions; the requests of one batch come on top of what is in flight.
-	ring, err := uring.New(batchSends, 2*(pending+batchSends))
-	if err != nil {
-		return nil, err
-	}
+// newFlights makes room for up to pending frames. It closes e where it fails.
+func newFlights(e engine, pending int, p netdev.Policy) (*flights, error) {
 	stop, err := sys.NewEventFD()
 	if err != nil {
-		_ = ring.Close()
+		_ = e.close()
 		return nil, err
 	}
 	f := &flights{
-		ring: ring, slots: make([]flight, pending), throttle: throttle{always: p == netdev.On},
+		engine: e, slots: make([]flight, pending), throttle: throttle{always: p == netdev.On},
 		start: make(chan struct{}, 1), stop: stop, ended: make(chan struct{}),
 	}
 	for i := range f.slots {
@@ -112,19 +116,7 @@ func (f *flights) launch(p *pageSends) (refused uint64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.turns++
-	for i := 0; i < p.msgs.Len(); {
-		first := i
-		for ; i < p.msgs.Len() && f.ring.SendmsgZC(p.fds[i], p.msgs.Header(i), uint64(p.slots[i])); i++ {
-		}
-		// The ring's own failure (memory) is the end of the frames that it did not take: they were not sent.
-		if lost, err := f.ring.Submit(); err != nil {
-			for _, slot := range p.slots[max(first, i-lost):i] {
-				f.end(slot, zerocopy.Dropped)
-				refused++
-			}
-		}
-		refused += f.reap()
-	}
+	refused = f.engine.send(f, p)
 	if f.out.Load() > 0 {
 		select {
 		case f.start <- struct{}{}:
@@ -139,41 +131,20 @@ func (f *flights) turn() (refused uint64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.turns++
-	f.ring.Poke()
+	f.engine.poke()
 	refused, f.lost = f.lost, 0
-	return refused + f.reap()
+	return refused + f.engine.reap(f)
 }
 
-// reap takes all completions, and returns how many frames turned out to be refused. f is locked.
-func (f *flights) reap() (refused uint64) {
-	for {
-		c, ok := f.ring.Next()
-		if !ok {
-			return refused
-		}
-		slot := int(c.Data)
-		s := &f.slots[slot]
-		switch {
-		case !c.Notif() && c.Errno() != 0:
-			refused++
-			f.throttle.giveBack()
-			if s.refused = true; !c.More() {
-				f.end(slot, zerocopy.Dropped)
-			}
-		case !c.Notif() && !c.More():
-			f.end(slot, zerocopy.Copied) // sent, and the kernel never referred to its pages
-		case !c.Notif():
-		case s.refused:
-			f.end(slot, zerocopy.Dropped)
-		case c.Copied():
-			f.notified[byCopy]++
-			f.throttle.report(true)
-			f.end(slot, zerocopy.CopiedAnyway)
-		default:
-			f.notified[byPage]++
-			f.throttle.report(false)
-			f.end(slot, zerocopy.ZeroCopied)
-		}
+// done ends a frame that was sent, with the kernel's word on its pages. f is locked.
+func (f *flights) done(slot int, copied bool) {
+	f.throttle.report(copied)
+	if copied {
+		f.notified[byCopy]++
+		f.end(slot, zerocopy.CopiedAnyway)
+	} else {
+		f.notified[byPage]++
+		f.end(slot, zerocopy.ZeroCopied)
 	}
 }
 
@@ -197,21 +168,20 @@ func (f *flights) watch() {
 		for f.look() {
 		}
 	}
-	if err := f.ring.Close(); err != nil {
-		panic("bug: closing an io_uring: " + err.Error())
+	if err := f.engine.close(); err != nil {
+		panic("bug: closing what frames were sent by: " + err.Error())
 	}
 	_ = f.stop.Close()
 }
 
 // look waits for a completion, takes it if the worker does not, and reports whether any frame is left.
 func (f *flights) look() bool {
-	fds := [2]unix.PollFd{{Fd: int32(f.ring.FD()), Events: unix.POLLIN}, {Fd: int32(f.stop.FD()), Events: unix.POLLIN}}
-	_, stopped := f.state()
-	if stopped {
-		fds[1].Fd = -1 // it has done its work
+	stop := f.stop.FD()
+	if _, stopped := f.state(); stopped {
+		stop = -1 // it has done its work
 	}
 	if f.out.Load() > 0 {
-		_, _ = unix.Poll(fds[:], -1) // whatever ends it, we look
+		f.engine.wait(stop) // whatever ends it, we look
 	}
 	seen, stopped := f.state()
 	if !stopped {
@@ -220,7 +190,7 @@ func (f *flights) look() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.turns == seen {
-		f.lost += f.reap()
+		f.lost += f.engine.reap(f)
 	}
 	return f.out.Load() > 0
 }

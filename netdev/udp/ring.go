@@ -1,0 +1,76 @@
+package udp
+
+import (
+	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/internal/sys/uring"
+	"github.com/vhostd/vhostd/zerocopy"
+)
+
+// batchSends is how many sends the io_uring takes in one system call.
+const batchSends = 64
+
+// ringEngine sends by io_uring.
+type ringEngine struct{ ring *uring.Ring }
+
+// newRingEngine opens an io_uring for up to pending frames.
+func newRingEngine(pending int) (*ringEngine, error) {
+	// Every send has two completions; the requests of one batch come on top of what is in flight.
+	ring, err := uring.New(batchSends, 2*(pending+batchSends))
+	if err != nil {
+		return nil, err
+	}
+	return &ringEngine{ring}, nil
+}
+
+func (e *ringEngine) send(f *flights, p *pageSends) (refused uint64) {
+	for i := 0; i < p.msgs.Len(); {
+		first := i
+		for ; i < p.msgs.Len() && e.ring.SendmsgZC(p.fds[i], p.msgs.Header(i), uint64(p.slots[i])); i++ {
+		}
+		// The ring's own failure (memory) is the end of the frames that it did not take: they were not sent.
+		if lost, err := e.ring.Submit(); err != nil {
+			for _, slot := range p.slots[max(first, i-lost):i] {
+				f.end(slot, zerocopy.Dropped)
+				refused++
+			}
+		}
+		refused += e.reap(f)
+	}
+	return refused
+}
+
+func (e *ringEngine) poke() { e.ring.Poke() }
+
+func (e *ringEngine) reap(f *flights) (refused uint64) {
+	for {
+		c, ok := e.ring.Next()
+		if !ok {
+			return refused
+		}
+		slot := int(c.Data)
+		s := &f.slots[slot]
+		switch {
+		case !c.Notif() && c.Errno() != 0:
+			refused++
+			f.throttle.giveBack()
+			if s.refused = true; !c.More() {
+				f.end(slot, zerocopy.Dropped)
+			}
+		case !c.Notif() && !c.More():
+			f.end(slot, zerocopy.Copied) // sent, and the kernel never referred to its pages
+		case !c.Notif():
+		case s.refused:
+			f.end(slot, zerocopy.Dropped)
+		default:
+			f.done(slot, c.Copied())
+		}
+	}
+}
+
+func (e *ringEngine) wait(stop int) {
+	fds := [2]unix.PollFd{{Fd: int32(e.ring.FD()), Events: unix.POLLIN}, {Fd: int32(stop), Events: unix.POLLIN}}
+	_, _ = unix.Poll(fds[:], -1)
+}
+
+func (e *ringEngine) close() error { return e.ring.Close() }
