@@ -1,12 +1,20 @@
-// Package uring is the part of io_uring(7) that sends datagrams from the caller's pages and tells when the kernel is done with them.
+// Package uring is the part of io_uring(7) that sends datagrams from the caller's pages and tells when the kernel is done with them, and
+// that writes to a device many frames at a time.
 //
 // # Theory of operation
 //
-//	SendmsgZC ... SendmsgZC -> Submit (one system call) -> Next ... Next
+//	SendmsgZC ... Writev -> Submit (one system call) -> Next ... Next
+//
+// A write has one completion, which is there when Submit returns: writes are done there, in order, and one that would have to wait is refused
+// with EAGAIN (those behind it are tried all the same).
 //
 // A send has two completions: one that it was accepted or refused, which Submit leaves behind, and, where that one says More, a second
 // (Notif) when nothing in the kernel refers to the pages any more. What the message header and its vector of pieces say is read by Submit; the
 // memory that the pieces name belongs to the kernel until the Notif.
+//
+// The kernel looks up the pages of every request, unless they lie in a registered buffer (SetBuffers): these it looked up once, and holds
+// until the buffer is replaced and the last request that uses it has completed. It goes on with the same pages whatever becomes of the mapping
+// meanwhile, also where the file behind it got others (a hole was punched): then the bytes that are sent are old ones.
 //
 // The kernel posts a completion in the context of the thread that submitted: at its next system call, or at once when it sleeps
 // (IORING_SETUP_COOP_TASKRUN). So whoever sleeps elsewhere can poll FD for reading, and need not be that thread.
@@ -41,9 +49,22 @@ const (
 	enterGetEvents = 1 << 0
 	sqTaskrun      = 1 << 2 // in the submission ring's flags: completions wait for a system call
 
-	opSendmsgZC     = 48
-	sendReportUsage = 1 << 3 // in sqe.ioprio
+	opWritev      = 2
+	opWriteFixed  = 5
+	opSendmsgZC   = 48
+	opWritevFixed = 61
+	numOps        = 64 // that we ask about
+
+	rwfNowait = 8 // in sqe.op of a write
+
+	sendFixed       = 1 << 2 // in sqe.ioprio
+	sendReportUsage = 1 << 3
 	usageCopied     = 1 << 31
+
+	registerBuffers   = 0
+	unregisterBuffers = 1
+	registerProbe     = 8
+	opSupported       = 1 << 0 // in a probe's flags
 
 	cqeMore  = 1 << 1
 	cqeNotif = 1 << 3
@@ -72,17 +93,32 @@ type sqe struct {
 	off, addr     uint64
 	length, op    uint32
 	data          uint64
-	_             [3]uint64
+	buffer        uint16
+	_             [22]byte
 }
+
+// probe is struct io_uring_probe.
+type probe struct {
+	lastOp, n uint8
+	_         [14]byte
+	ops       [numOps]struct {
+		op, _ uint8
+		flags uint16
+		_     uint32
+	}
+}
+
+// MaxBuffer is the size in bytes that a registered buffer can have.
+const MaxBuffer = 1 << 30
 
 // Completion is struct io_uring_cqe.
 type Completion struct {
-	Data  uint64 // as given to SendmsgZC
+	Data  uint64 // as given with the request
 	res   int32
 	flags uint32
 }
 
-// Notif reports whether the pages are free; else the send was accepted or refused.
+// Notif reports whether the pages are free; else the request was accepted or refused.
 func (c Completion) Notif() bool { return c.flags&cqeNotif != 0 }
 
 // More reports whether a Notif follows.
@@ -91,7 +127,15 @@ func (c Completion) More() bool { return c.flags&cqeMore != 0 }
 // Copied reports, of a Notif, whether the kernel copied the pages after all.
 func (c Completion) Copied() bool { return uint32(c.res)&usageCopied != 0 }
 
-// Errno is why a send was refused, or 0.
+// N is how many bytes were sent or written, 0 when Errno says why not.
+func (c Completion) N() int {
+	if c.Notif() {
+		return 0
+	}
+	return int(max(c.res, 0))
+}
+
+// Errno is why a request was refused, or 0.
 func (c Completion) Errno() syscall.Errno {
 	if c.Notif() || c.res >= 0 {
 		return 0
@@ -99,7 +143,7 @@ func (c Completion) Errno() syscall.Errno {
 	return syscall.Errno(-c.res)
 }
 
-// New returns a ring for sends sends a Submit, and room for completions completions that nobody has looked at; each at least 1. The
+// New returns a ring for sends requests a Submit, and room for completions completions that nobody has looked at; each at least 1. The
 // error wraps the system call's, or ErrOld.
 func New(sends, completions int) (*Ring, error) {
 	p := params{flags: setupCQSize | setupCoopTaskrun | setupTaskrunFlag, cqEntries: uint32(powerOfTwo(max(completions, sends)))}
@@ -118,8 +162,16 @@ func New(sends, completions int) (*Ring, error) {
 	if err := r.mmap(&p); err != nil {
 		return nil, errors.Join(err, r.Close())
 	}
+	if err := register(r.fd, registerProbe, &r.ops, numOps); err != nil {
+		return nil, errors.Join(fmt.Errorf("asking io_uring what it can do: %w", err), r.Close())
+	}
 	return r, nil
 }
+
+func (r *Ring) can(op int) bool { return r.ops.ops[op].flags&opSupported != 0 }
+
+// VectoredFixed reports whether the pieces of a request can lie in a registered buffer (Linux 6.15), all of them in one.
+func (r *Ring) VectoredFixed() bool { return r.can(opWritevFixed) }
 
 func powerOfTwo(n int) int { return 1 << bits.Len(uint(n-1)) }
 
@@ -138,14 +190,14 @@ func (r *Ring) Close() error {
 	return errors.Join(append(errs, unix.Close(r.fd))...)
 }
 
-// Queued is the number of sends that wait for Submit.
+// Queued is the number of requests that wait for Submit.
 func (r *Ring) Queued() int { return int(r.tail - r.submitted) }
 
-// Room is the number of sends that can be queued before the next Submit.
+// Room is the number of requests that can be queued before the next Submit.
 func (r *Ring) Room() int { return len(r.sq) - r.Queued() }
 
 // Submit hands over what was queued. It does not wait for the network: a send that would have to wait is refused with EAGAIN. The error
-// is the ring's, not a send's; what was not handed over is forgotten, and the number of such sends returned.
+// is the ring's, not a request's; what was not handed over is forgotten, and the number of such requests returned.
 func (r *Ring) Submit() (lost int, err error) {
 	r.publish()
 	for r.submitted != r.tail {

@@ -24,6 +24,9 @@ type Ring struct {
 
 	tail, submitted uint32 // of the submission ring: queued up to tail, handed over up to submitted
 	head            uint32 // of the completion ring
+
+	ops     probe
+	buffers bool // some are registered
 }
 
 func setup(entries int, p *params) (int, error) {
@@ -60,15 +63,84 @@ func (r *Ring) mmap(p *params) (err error) {
 // SendmsgZC queues a datagram to be sent from its pages. m and the vector that it points at have to stay until Submit, the pieces until the Notif
 // with data. It reports false when Submit has to come first.
 func (r *Ring) SendmsgZC(fd int, m *unix.Msghdr, data uint64) bool {
+	return r.queue(sqe{
+		opcode: opSendmsgZC, ioprio: sendReportUsage, fd: int32(fd), addr: uint64(uintptr(unsafe.Pointer(m))), length: 1,
+		op: unix.MSG_DONTWAIT | unix.MSG_NOSIGNAL, data: data,
+	})
+}
+
+// SendmsgZCFixed is SendmsgZC of pieces that lie in a registered buffer, all in the same. It wants VectoredFixed.
+func (r *Ring) SendmsgZCFixed(fd int, m *unix.Msghdr, buffer int, data uint64) bool {
+	return r.queue(sqe{
+		opcode: opSendmsgZC, ioprio: sendReportUsage | sendFixed, fd: int32(fd), addr: uint64(uintptr(unsafe.Pointer(m))), length: 1,
+		op: unix.MSG_DONTWAIT | unix.MSG_NOSIGNAL, data: data, buffer: uint16(buffer),
+	})
+}
+
+// Writev queues a write of the pieces of v, at least one, as one frame. v has to stay until Submit, the pieces until the Completion with data. It
+// reports false when Submit has to come first.
+func (r *Ring) Writev(fd int, v []unix.Iovec, data uint64) bool {
+	return r.queue(sqe{opcode: opWritev, fd: int32(fd), addr: uint64(uintptr(unsafe.Pointer(&v[0]))), length: uint32(len(v)), op: rwfNowait, data: data})
+}
+
+// WritevFixed is Writev of pieces that lie in a registered buffer, all in the same. It wants VectoredFixed.
+func (r *Ring) WritevFixed(fd int, v []unix.Iovec, buffer int, data uint64) bool {
+	return r.queue(sqe{
+		opcode: opWritevFixed, fd: int32(fd), addr: uint64(uintptr(unsafe.Pointer(&v[0]))), length: uint32(len(v)), op: rwfNowait, data: data, buffer: uint16(buffer),
+	})
+}
+
+// WriteFixed is Writev of one piece, which lies in a registered buffer.
+func (r *Ring) WriteFixed(fd int, b []byte, buffer int, data uint64) bool {
+	return r.queue(sqe{
+		opcode: opWriteFixed, fd: int32(fd), addr: uint64(uintptr(unsafe.Pointer(&b[0]))), length: uint32(len(b)), op: rwfNowait, data: data, buffer: uint16(buffer),
+	})
+}
+
+func (r *Ring) queue(e sqe) bool {
 	if r.Room() == 0 {
 		return false
 	}
-	r.sq[r.tail&uint32(len(r.sq)-1)] = sqe{
-		opcode: opSendmsgZC, ioprio: sendReportUsage, fd: int32(fd), addr: uint64(uintptr(unsafe.Pointer(m))), length: 1,
-		op: unix.MSG_DONTWAIT | unix.MSG_NOSIGNAL, data: data,
-	}
+	r.sq[r.tail&uint32(len(r.sq)-1)] = e
 	r.tail++
 	return true
+}
+
+// SetBuffers registers bufs, each at most MaxBuffer bytes of memory without holes, in the place of all that were; nil is none. Requests in
+// flight go on with theirs, for which kernels before 6.13 wait here. Registering pins the memory, which counts for RLIMIT_MEMLOCK without CAP_IPC_LOCK.
+// After an error none is registered.
+func (r *Ring) SetBuffers(bufs [][]byte) error {
+	if r.buffers {
+		r.buffers = false
+		if err := register[byte](r.fd, unregisterBuffers, nil, 0); err != nil {
+			return fmt.Errorf("unregistering buffers: %w", err)
+		}
+	}
+	if len(bufs) == 0 {
+		return nil
+	}
+	v := make([]unix.Iovec, len(bufs))
+	for i, b := range bufs {
+		v[i] = unix.Iovec{Base: unsafe.SliceData(b), Len: uint64(len(b))}
+	}
+	if err := register(r.fd, registerBuffers, &v[0], len(v)); err != nil {
+		return fmt.Errorf("registering %d buffers: %w", len(v), err)
+	}
+	r.buffers = true
+	return nil
+}
+
+func register[T any](fd, op int, arg *T, n int) error {
+	for {
+		_, _, errno := unix.Syscall6(unix.SYS_IO_URING_REGISTER, uintptr(fd), uintptr(op), uintptr(unsafe.Pointer(arg)), uintptr(n), 0, 0)
+		switch errno {
+		case 0:
+			return nil
+		case unix.EINTR:
+		default:
+			return errno
+		}
+	}
 }
 
 func (r *Ring) publish() { atomic.StoreUint32(r.sqTail, r.tail) }
