@@ -80,6 +80,19 @@ func (m *Msgs) Send(fd, i int) (int, syscall.Errno) {
 	return mmsg(unix.SYS_SENDMMSG, fd, rest, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
 }
 
+// SendPages is Send of datagrams [i, end) with MSG_ZEROCOPY: the kernel refers to their pieces until fd's ErrorQueue says otherwise.
+func (m *Msgs) SendPages(fd, i, end int) (int, syscall.Errno) {
+	m.seal()
+	return mmsg(unix.SYS_SENDMMSG, fd, m.msgs[i:end], unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL|unix.MSG_ZEROCOPY)
+}
+
+// SendOne is Send of one datagram.
+func (m *Msgs) SendOne(fd, i int) syscall.Errno {
+	m.seal()
+	_, errno := mmsg(unix.SYS_SENDMMSG, fd, m.msgs[i:i+1], unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+	return errno
+}
+
 func mmsg(nr uintptr, fd int, msgs []mmsghdr, flags uintptr) (int, syscall.Errno) {
 	if len(msgs) == 0 {
 		return 0, 0

@@ -113,29 +113,6 @@ func (d *Device) openSender() error {
 	return nil
 }
 
-// openFlights opens the io_uring. Where there is none all frames are copied, unless zero-copy was asked for by name.
-func (d *Device) openFlights() error {
-	s := &d.queue.send
-	s.min = d.opts.ZeroCopyMin
-	if d.opts.ZeroCopy == netdev.Off {
-		d.zerocopy = "never: switched off"
-		return nil
-	}
-	e, err := newRingEngine(d.opts.ZeroCopyPending)
-	if err == nil {
-		s.flights, err = newFlights(e, d.opts.ZeroCopyPending, d.opts.ZeroCopy)
-	}
-	switch {
-	case err == nil:
-		d.zerocopy = fmt.Sprintf("frames of %d bytes and more, as far as the network device takes pages", s.min)
-	case d.opts.ZeroCopy == netdev.On:
-		return fmt.Errorf("zerocopy=on: %w", err)
-	default:
-		d.zerocopy = fmt.Sprintf("never: no io_uring (%v)", err)
-	}
-	return nil
-}
-
 // String is the device as it is called in errors.
 func (d *Device) String() string { return fmt.Sprintf("%s at %s", d.opts.Mode, d.opts.Local) }
 

@@ -22,21 +22,6 @@ type flight struct {
 	page    []byte           // see sender.fit; nil until it is needed
 }
 
-// engine has the kernel send frames from their pages, and hears when it is done with them. Its methods are called with flights.mu locked,
-// but for wait. It ends each flight that it was given once, by flights.end or flights.done.
-type engine interface {
-	// send hands over datagrams, and returns how many frames were refused: of these, and of earlier ones as far as that turns out here.
-	send(f *flights, p *pageSends) (refused uint64)
-	// poke has the kernel tell what it holds back until the worker's next system call.
-	poke()
-	// reap takes all that the kernel told, and returns how many frames turned out to be refused.
-	reap(f *flights) (refused uint64)
-	// wait returns when the kernel has something to tell, or stop is readable (-1: there is none), or a signal comes.
-	wait(stop int)
-	// close is called when no frame is in flight.
-	close() error
-}
-
 // flights are the frames whose pages the kernel refers to. The transmitq's worker adds them; they are ended by the worker or by watch.
 type flights struct {
 	out atomic.Int64 // frames
@@ -49,7 +34,8 @@ type flights struct {
 	turns    uint64 // calls of launch and turn: a sign that the worker is awake
 	most     int    // frames at once
 	notified [2]uint64
-	lost     uint64 // refused in watch, not yet in the worker's count
+	limited  uint64 // copied because the kernel takes no more, see errorQueueEngine
+	lost     uint64 // refused elsewhere than in the worker's turns, not yet in its count
 
 	start   chan struct{} // tells watch that frames are in flight
 	stop    *sys.EventFD  // ends watch, when all is done
@@ -195,6 +181,16 @@ func (f *flights) look() bool {
 	return f.out.Load() > 0
 }
 
+// visit takes completions on behalf of a worker that they keep awake, other than the one that sends.
+func (f *flights) visit() {
+	if f.out.Load() == 0 {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.lost += f.engine.reap(f)
+}
+
 func (f *flights) state() (turns uint64, stopped bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -225,6 +221,7 @@ type FlightStats struct {
 	ByPage, ByCopy uint64 // the kernel's reports: sent from the pages, or copied after all
 	InFlight, Most int    // frames in the kernel's hands, now and at most
 	Pauses, Probes uint64 // of the throttle
+	Limited        uint64 // frames copied because of net.core.optmem_max or RLIMIT_MEMLOCK, which bind MSG_ZEROCOPY
 }
 
 func (f *flights) stats() FlightStats {
@@ -232,6 +229,6 @@ func (f *flights) stats() FlightStats {
 	defer f.mu.Unlock()
 	return FlightStats{
 		ByPage: f.notified[byPage], ByCopy: f.notified[byCopy], InFlight: int(f.out.Load()), Most: f.most,
-		Pauses: f.throttle.Pauses, Probes: f.throttle.Probes,
+		Pauses: f.throttle.Pauses, Probes: f.throttle.Probes, Limited: f.limited,
 	}
 }

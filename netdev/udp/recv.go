@@ -28,6 +28,8 @@ type receiver struct {
 	next  int // datagrams [next, count) of inbox wait for the guest
 	count int
 	frags [1][]byte
+	// flights have completions that make fd poll as in error, which ends every wait for it until they are taken; nil: there are none.
+	flights *flights
 
 	malformed, otherVNI, failed atomic.Uint64
 }
@@ -61,6 +63,9 @@ func (q *queue) Recv(p *zerocopy.Posted, limit int) (n int, idle bool, err error
 		r.next, r.count = 0, 0
 		count, errno := r.inbox.Recv(r.fd)
 		if errno != 0 {
+			if r.flights != nil {
+				r.flights.visit()
+			}
 			return n, true, r.explain(errno)
 		}
 		r.count = count

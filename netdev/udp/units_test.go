@@ -14,10 +14,10 @@ import (
 
 func TestParseOptions(t *testing.T) {
 	for _, c := range []struct{ s, want string }{
-		{"vxlan:vni=42,remote=10.0.0.2", "vxlan 42 0.0.0.0:4789 [10.0.0.2:4789] auto 4096"},
-		{"vxlan:vni=0,local=10.0.0.1,remote=10.0.0.2;10.0.0.3:99,port=5000", "vxlan 0 10.0.0.1:5000 [10.0.0.2:5000 10.0.0.3:99] auto 4096"},
+		{"vxlan:vni=42,remote=10.0.0.2", "vxlan 42 0.0.0.0:4789 [10.0.0.2:4789] auto 0"},
+		{"vxlan:vni=0,local=10.0.0.1,remote=10.0.0.2;10.0.0.3:99,port=5000", "vxlan 0 10.0.0.1:5000 [10.0.0.2:5000 10.0.0.3:99] auto 0"},
 		{"geneve:vni=16777215,remote=fd00::2,zerocopy=on", "geneve 16777215 [::]:6081 [[fd00::2]:6081] on 1"},
-		{"dgram:local=127.0.0.1:7001,remote=127.0.0.1:7002,zerocopy=off", "dgram 0 127.0.0.1:7001 [127.0.0.1:7002] off 4096"},
+		{"dgram:local=127.0.0.1:7001,remote=127.0.0.1:7002,zerocopy=off", "dgram 0 127.0.0.1:7001 [127.0.0.1:7002] off 0"},
 		{"vxlan:vni=1,remote=10.0.0.2,remote=10.0.0.3,zerocopy-min=100", "vxlan 1 0.0.0.0:4789 [10.0.0.2:4789 10.0.0.3:4789] auto 100"},
 
 		{"vlan:id=3", "unknown mode"},
