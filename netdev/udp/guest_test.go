@@ -16,9 +16,9 @@ import (
 )
 
 // heldGuest is a whole guest whose frames the kernel holds: three of them.
-func heldGuest(t *testing.T) (*rig, *vhosttest.Guest, *backend.Backend) {
+func heldGuest(t *testing.T, engine string) (*rig, *vhosttest.Guest, *backend.Backend) {
 	t.Helper()
-	r := newRig(t, ",zerocopy=on")
+	r := newRig(t, engine+",zerocopy=on")
 	t.Cleanup(func() { must(t, r.dev.Close()) })
 	b, err := backend.New(backend.Options{Device: r.dev, DrainTimeout: 50 * time.Millisecond})
 	must(t, err)
@@ -37,7 +37,11 @@ func heldGuest(t *testing.T) (*rig, *vhosttest.Guest, *backend.Backend) {
 
 // TestGuestIsHeld: a sleeping worker and a quiet guest get their chains back when the kernel lets go.
 func TestGuestIsHeld(t *testing.T) {
-	r, g, b := heldGuest(t)
+	eachEngine(t, testGuestIsHeld)
+}
+
+func testGuestIsHeld(t *testing.T, engine string) {
+	r, g, b := heldGuest(t, engine)
 	if n := g.Transmitq(0).Reap(); n != 0 {
 		t.Fatalf("%d chains came back while the kernel has the pages", n)
 	}
@@ -51,13 +55,17 @@ func TestGuestIsHeld(t *testing.T) {
 // TestStopWithFramesHeld: GET_VRING_BASE, a disconnect and a changed memory table do not wait for the kernel for ever, and the memory stays
 // mapped until the kernel has let go.
 func TestStopWithFramesHeld(t *testing.T) {
+	eachEngine(t, testStopWithFramesHeld)
+}
+
+func testStopWithFramesHeld(t *testing.T, engine string) {
 	for name, stop := range map[string]func(g *vhosttest.Guest){
 		"stop":         func(g *vhosttest.Guest) { g.Transmitq(0).Stop() },
 		"memory table": func(g *vhosttest.Guest) { g.ShareMemory() },
 		"disconnect":   func(g *vhosttest.Guest) { g.Hangup() },
 	} {
 		t.Run(name, func(t *testing.T) {
-			r, g, b := heldGuest(t)
+			r, g, b := heldGuest(t, engine)
 			stop(g)
 			if name != "disconnect" {
 				g.Hangup()

@@ -20,6 +20,19 @@ import (
 // big is a frame's length in bytes that is sent without a copy: two of them pass a held interface, and the third waits.
 const big = 9000
 
+// The engines, as options.
+const (
+	ring = ",zerocopy-engine=io_uring"
+	msg  = ",zerocopy-engine=msg_zerocopy"
+)
+
+// eachEngine runs a test for every way to send pages.
+func eachEngine(t *testing.T, f func(t *testing.T, engine string)) {
+	for _, e := range []string{ring, msg} {
+		t.Run(e[1:], func(t *testing.T) { f(t, e) })
+	}
+}
+
 // rig is a dgram device here and a socket there.
 type rig struct {
 	*lab
@@ -71,7 +84,10 @@ func TestPageChangedWhileHeld(t *testing.T) {
 	for _, c := range []struct {
 		options  string
 		zerocopy bool
-	}{{",zerocopy=on", true}, {"", true}, {",zerocopy=off", false}, {",zerocopy-min=10000", false}} {
+	}{
+		{",zerocopy=on", true}, {"", true}, {",zerocopy=off", false}, {",zerocopy-min=10000", false},
+		{ring, true}, {msg + ",zerocopy=on", true}, {msg, true}, {msg + ",zerocopy-min=10000", false},
+	} {
 		t.Run("options"+c.options, func(t *testing.T) {
 			r := newRig(t, c.options)
 			defer r.close()
@@ -124,144 +140,154 @@ func toSink(t *testing.T, options string) (*lab, *udp.Device) {
 // TestOutcomesAreTheKernels: what buffers are released with is what the kernel reports, on a path that takes pages, with a capture on it, and
 // without it again. The throttle copies meanwhile, and tries again.
 func TestOutcomesAreTheKernels(t *testing.T) {
-	l, d := toSink(t, "")
-	s, q := newSent(), d.Queue(0)
-	counts := map[zerocopy.Outcome]uint64{}
-	send := func(n int) map[zerocopy.Outcome]uint64 {
-		t.Helper()
-		now := map[zerocopy.Outcome]uint64{}
-		for i := range n {
-			if q.Send([]*zerocopy.Buffer{s.buffer(netdevtest.Frame(big, uint32(i)))}) != 1 {
-				t.Fatal("not taken")
+	eachEngine(t, func(t *testing.T, engine string) {
+		l, d := toSink(t, engine)
+		s, q := newSent(), d.Queue(0)
+		counts := map[zerocopy.Outcome]uint64{}
+		send := func(n int) map[zerocopy.Outcome]uint64 {
+			t.Helper()
+			now := map[zerocopy.Outcome]uint64{}
+			for i := range n {
+				if q.Send([]*zerocopy.Buffer{s.buffer(netdevtest.Frame(big, uint32(i)))}) != 1 {
+					t.Fatal("not taken")
+				}
+				o := s.next(t)
+				now[o]++
+				counts[o]++
 			}
-			o := s.next(t)
-			now[o]++
-			counts[o]++
+			return now
 		}
-		return now
-	}
-	if now := send(500); now[zerocopy.ZeroCopied] != 500 {
-		t.Fatalf("on a path that takes pages: %v", now)
-	}
-	capture := l.packets(l.here, "i0")
-	if now := send(500); now[zerocopy.CopiedAnyway] < 32 || now[zerocopy.CopiedFallback] == 0 || now[zerocopy.ZeroCopied] != 0 {
-		t.Errorf("with a capture on the path: %v", now)
-	}
-	capture.close()
-	deadline := time.Now().Add(patience)
-	for send(10)[zerocopy.ZeroCopied] < 10 {
-		if time.Now().After(deadline) {
-			t.Fatal("zero-copy does not come back after the capture")
+		if now := send(500); now[zerocopy.ZeroCopied] != 500 {
+			t.Fatalf("on a path that takes pages: %v", now)
 		}
-	}
-	st := d.Stats()
-	if st.ByPage != counts[zerocopy.ZeroCopied] || st.ByCopy != counts[zerocopy.CopiedAnyway] || st.Pauses == 0 || st.Probes == 0 || st.InFlight != 0 {
-		t.Errorf("%+v, released as %v", st, counts)
-	}
+		capture := l.packets(l.here, "i0")
+		if now := send(500); now[zerocopy.CopiedAnyway] < 32 || now[zerocopy.CopiedFallback] == 0 || now[zerocopy.ZeroCopied] != 0 {
+			t.Errorf("with a capture on the path: %v", now)
+		}
+		capture.close()
+		deadline := time.Now().Add(patience)
+		for send(10)[zerocopy.ZeroCopied] < 10 {
+			if time.Now().After(deadline) {
+				t.Fatal("zero-copy does not come back after the capture")
+			}
+		}
+		st := d.Stats()
+		if st.ByPage != counts[zerocopy.ZeroCopied] || st.ByCopy != counts[zerocopy.CopiedAnyway] || st.Pauses == 0 || st.Probes == 0 || st.InFlight != 0 {
+			t.Errorf("%+v, released as %v", st, counts)
+		}
+	})
 }
 
 func TestPolicy(t *testing.T) {
-	_, d := toSink(t, ",zerocopy-min=2000")
-	s, q := newSent(), d.Queue(0)
-	whole := netdevtest.Frame(60000, 1)
-	var scattered [][]byte // more pages than a datagram refers to
-	for i := range 20 {
-		scattered = append(scattered, netdevtest.Frame(8000, uint32(i))[4000:4250])
-	}
-	unaligned := append(make([]byte, 0, 65000+5000), whole...)
-	for _, c := range []struct {
-		name  string
-		frags [][]byte
-		want  zerocopy.Outcome
-	}{
-		{"small", [][]byte{whole[:1999]}, zerocopy.CopiedSmall},
-		{"large enough", [][]byte{whole[:2000]}, zerocopy.ZeroCopied},
-		{"whole", [][]byte{whole}, zerocopy.ZeroCopied},
-		{"anywhere in a page", [][]byte{unaligned[3:60000]}, zerocopy.ZeroCopied},
-		{"header apart", [][]byte{whole[:14], whole[14:54], whole[54:]}, zerocopy.ZeroCopied},
-		{"small pieces before", append(scattered[:5:5], whole[:50000]), zerocopy.ZeroCopied},
-		{"too many pages", append(scattered[:20:20], whole[:50000]), zerocopy.CopiedFallback},
-	} {
-		if q.Send([]*zerocopy.Buffer{s.buffer(c.frags...)}) != 1 {
-			t.Fatal("not taken")
+	eachEngine(t, func(t *testing.T, engine string) {
+		_, d := toSink(t, engine+",zerocopy-min=2000")
+		s, q := newSent(), d.Queue(0)
+		whole := netdevtest.Frame(60000, 1)
+		var scattered [][]byte // more pages than a datagram refers to
+		for i := range 20 {
+			scattered = append(scattered, netdevtest.Frame(8000, uint32(i))[4000:4250])
 		}
-		if got := s.next(t); got != c.want {
-			t.Errorf("%s: %v, want %v", c.name, got, c.want)
+		unaligned := append(make([]byte, 0, 65000+5000), whole...)
+		for _, c := range []struct {
+			name  string
+			frags [][]byte
+			want  zerocopy.Outcome
+		}{
+			{"small", [][]byte{whole[:1999]}, zerocopy.CopiedSmall},
+			{"large enough", [][]byte{whole[:2000]}, zerocopy.ZeroCopied},
+			{"whole", [][]byte{whole}, zerocopy.ZeroCopied},
+			{"anywhere in a page", [][]byte{unaligned[3:60000]}, zerocopy.ZeroCopied},
+			{"header apart", [][]byte{whole[:14], whole[14:54], whole[54:]}, zerocopy.ZeroCopied},
+			{"small pieces before", append(scattered[:5:5], whole[:50000]), zerocopy.ZeroCopied},
+			{"too many pages", append(scattered[:20:20], whole[:50000]), zerocopy.CopiedFallback},
+		} {
+			if q.Send([]*zerocopy.Buffer{s.buffer(c.frags...)}) != 1 {
+				t.Fatal("not taken")
+			}
+			if got := s.next(t); got != c.want {
+				t.Errorf("%s: %v, want %v", c.name, got, c.want)
+			}
 		}
-	}
-	if n := q.Counters().SendDropped; n != 0 {
-		t.Errorf("%d frames dropped", n)
-	}
+		if n := q.Counters().SendDropped; n != 0 {
+			t.Errorf("%d frames dropped", n)
+		}
+	})
 }
 
 // TestFragmentsAreCopied: the kernel's IP cuts what is longer than the path's MTU, and says that it copied.
 func TestFragmentsAreCopied(t *testing.T) {
-	l, d := toSink(t, ",zerocopy=on")
-	l.run("ip -n " + l.here + " link set i0 mtu 1500")
-	s := newSent()
-	for _, c := range []struct {
-		n    int
-		want zerocopy.Outcome
-	}{{1450 + etherLen, zerocopy.ZeroCopied}, {1451 + etherLen, zerocopy.CopiedAnyway}, {big, zerocopy.CopiedAnyway}} {
-		if d.Queue(0).Send([]*zerocopy.Buffer{s.buffer(netdevtest.Frame(c.n, 1))}) != 1 {
-			t.Fatal("not taken")
+	eachEngine(t, func(t *testing.T, engine string) {
+		l, d := toSink(t, engine+",zerocopy=on")
+		l.run("ip -n " + l.here + " link set i0 mtu 1500")
+		s := newSent()
+		for _, c := range []struct {
+			n    int
+			want zerocopy.Outcome
+		}{{1450 + etherLen, zerocopy.ZeroCopied}, {1451 + etherLen, zerocopy.CopiedAnyway}, {big, zerocopy.CopiedAnyway}} {
+			if d.Queue(0).Send([]*zerocopy.Buffer{s.buffer(netdevtest.Frame(c.n, 1))}) != 1 {
+				t.Fatal("not taken")
+			}
+			if got := s.next(t); got != c.want {
+				t.Errorf("%d bytes: %v, want %v", c.n, got, c.want)
+			}
 		}
-		if got := s.next(t); got != c.want {
-			t.Errorf("%d bytes: %v, want %v", c.n, got, c.want)
+		if n := d.Queue(0).Counters().SendDropped; n != 0 {
+			t.Errorf("%d frames dropped", n)
 		}
-	}
-	if n := d.Queue(0).Counters().SendDropped; n != 0 {
-		t.Errorf("%d frames dropped", n)
-	}
+	})
 }
 
 // TestPulledBytesArrive: where a frame has a page too many its first bytes travel in private memory, and nobody can tell.
 func TestPulledBytesArrive(t *testing.T) {
-	r := newRig(t, ",zerocopy=on")
-	defer r.close()
-	frame := netdevtest.Frame(60000+etherLen, 3)
-	for _, cut := range []int{1, 14, 100, 4000} {
-		var frags [][]byte
-		rest := frame
-		for range 8 {
-			frags, rest = append(frags, rest[:cut]), rest[cut:]
+	eachEngine(t, func(t *testing.T, engine string) {
+		r := newRig(t, engine+",zerocopy=on")
+		defer r.close()
+		frame := netdevtest.Frame(60000+etherLen, 3)
+		for _, cut := range []int{1, 14, 100, 4000} {
+			var frags [][]byte
+			rest := frame
+			for range 8 {
+				frags, rest = append(frags, rest[:cut]), rest[cut:]
+			}
+			r.send(append(frags, rest)...)
+			if got := r.far.recv(); !bytes.Equal(got, frame) {
+				t.Fatalf("in pieces of %d: %d bytes arrived, want others, %d", cut, len(got), len(frame))
+			}
+			r.next(t)
 		}
-		r.send(append(frags, rest)...)
-		if got := r.far.recv(); !bytes.Equal(got, frame) {
-			t.Fatalf("in pieces of %d: %d bytes arrived, want others, %d", cut, len(got), len(frame))
-		}
-		r.next(t)
-	}
+	})
 }
 
 // TestPendingCap: frames above the cap are copied, in their turn, and the next goes by page again once one has come back.
 func TestPendingCap(t *testing.T) {
-	r := newRig(t, ",zerocopy=on,zerocopy-pending=3")
-	defer r.close()
-	r.fill()
-	var frames [][]byte
-	for i := range 6 {
-		frames = append(frames, netdevtest.Frame(big, uint32(100+i)))
-		r.send(frames[i])
-	}
-	r.want(t, zerocopy.CopiedCap, zerocopy.CopiedCap, zerocopy.CopiedCap)
-	if st := r.dev.Stats(); st.InFlight != 3 || st.Most != 3 {
-		t.Errorf("%+v", st)
-	}
-	r.none(t)
-	r.release("v0")
-	nudge := netdevtest.Frame(100, 99)
-	r.send(nudge)
-	for i, want := range append(frames, nudge) {
-		if got := r.far.recv(); !bytes.Equal(got, want) {
-			t.Fatalf("frame %d is another: order was not kept", i)
+	eachEngine(t, func(t *testing.T, engine string) {
+		r := newRig(t, engine+",zerocopy=on,zerocopy-pending=3")
+		defer r.close()
+		r.fill()
+		var frames [][]byte
+		for i := range 6 {
+			frames = append(frames, netdevtest.Frame(big, uint32(100+i)))
+			r.send(frames[i])
 		}
-	}
-	r.want(t, zerocopy.CopiedCap) // at the same time three are in flight still
-	r.want(t, zerocopy.CopiedAnyway, zerocopy.CopiedAnyway, zerocopy.CopiedAnyway)
-	last := netdevtest.Frame(big, 5)
-	r.send(last)
-	r.want(t, zerocopy.CopiedAnyway)
+		r.want(t, zerocopy.CopiedCap, zerocopy.CopiedCap, zerocopy.CopiedCap)
+		if st := r.dev.Stats(); st.InFlight != 3 || st.Most != 3 {
+			t.Errorf("%+v", st)
+		}
+		r.none(t)
+		r.release("v0")
+		nudge := netdevtest.Frame(100, 99)
+		r.send(nudge)
+		for i, want := range append(frames, nudge) {
+			if got := r.far.recv(); !bytes.Equal(got, want) {
+				t.Fatalf("frame %d is another: order was not kept", i)
+			}
+		}
+		r.want(t, zerocopy.CopiedCap) // at the same time three are in flight still
+		r.want(t, zerocopy.CopiedAnyway, zerocopy.CopiedAnyway, zerocopy.CopiedAnyway)
+		last := netdevtest.Frame(big, 5)
+		r.send(last)
+		r.want(t, zerocopy.CopiedAnyway)
+	})
 }
 
 // TestFullSocket: a socket without room takes no more, is writable when it has, and nothing is lost between.
@@ -294,47 +320,53 @@ func TestFullSocket(t *testing.T) {
 
 // TestGuestGoesQuiet: completions come without anybody calling the queue.
 func TestGuestGoesQuiet(t *testing.T) {
-	r := newRig(t, ",zerocopy=on")
-	defer r.close()
-	r.fill()
-	for i := range 5 {
-		r.send(netdevtest.Frame(big, uint32(i)))
-	}
-	r.none(t)
-	r.purge("v0")
-	for range 5 {
-		r.next(t)
-	}
+	eachEngine(t, func(t *testing.T, engine string) {
+		r := newRig(t, engine+",zerocopy=on")
+		defer r.close()
+		r.fill()
+		for i := range 5 {
+			r.send(netdevtest.Frame(big, uint32(i)))
+		}
+		r.none(t)
+		r.purge("v0")
+		for range 5 {
+			r.next(t)
+		}
+	})
 }
 
 // TestCloseWithFramesHeld: Close waits, no longer than it should, says what the kernel keeps, and that is released when the kernel lets go.
 func TestCloseWithFramesHeld(t *testing.T) {
-	r := newRig(t, ",zerocopy=on")
-	r.fill()
-	for i := range 3 {
-		r.send(netdevtest.Frame(big, uint32(i)))
-	}
-	err := r.dev.Close()
-	var held *udp.HeldError
-	if !errors.As(err, &held) || held.Frames != 3 || !strings.Contains(err.Error(), "3 frames") {
-		t.Errorf("Close: %v", err)
-	}
-	r.none(t)
-	r.purge("v0")
-	for range 3 {
-		r.next(t)
-	}
-	must(t, r.dev.Close()) // a second time there is nothing to do
+	eachEngine(t, func(t *testing.T, engine string) {
+		r := newRig(t, engine+",zerocopy=on")
+		r.fill()
+		for i := range 3 {
+			r.send(netdevtest.Frame(big, uint32(i)))
+		}
+		err := r.dev.Close()
+		var held *udp.HeldError
+		if !errors.As(err, &held) || held.Frames != 3 || !strings.Contains(err.Error(), "3 frames") {
+			t.Errorf("Close: %v", err)
+		}
+		r.none(t)
+		r.purge("v0")
+		for range 3 {
+			r.next(t)
+		}
+		must(t, r.dev.Close()) // a second time there is nothing to do
+	})
 }
 
 // TestCloseDrains: frames that leave while Close waits are no error.
 func TestCloseDrains(t *testing.T) {
-	r := newRig(t, ",zerocopy=on")
-	r.fill()
-	r.send(netdevtest.Frame(big, 1))
-	closed := make(chan error)
-	go func() { closed <- r.dev.Close() }()
-	r.purge("v0")
-	must(t, <-closed)
-	r.next(t)
+	eachEngine(t, func(t *testing.T, engine string) {
+		r := newRig(t, engine+",zerocopy=on")
+		r.fill()
+		r.send(netdevtest.Frame(big, 1))
+		closed := make(chan error)
+		go func() { closed <- r.dev.Close() }()
+		r.purge("v0")
+		must(t, <-closed)
+		r.next(t)
+	})
 }
