@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -230,5 +231,36 @@ func TestThrottle(t *testing.T) {
 	th = &throttle{always: true}
 	if window(throttleWindow); !th.allow() || th.Pauses != 0 {
 		t.Error("zerocopy=on was throttled")
+	}
+}
+
+func TestCompletionNumbers(t *testing.T) {
+	s := pageSocket{next: 0xffff_fff0, slots: map[uint32]int{}}
+	for i := range 40 { // past the end of the numbers
+		s.slots[s.next] = i
+		s.next++
+	}
+	var done []int
+	complete := func(lo, hi uint32, want ...int) {
+		t.Helper()
+		done = nil
+		s.complete(sys.Completions{Lo: lo, Hi: hi}, func(slot int) { done = append(done, slot) })
+		if !slices.Equal(done, want) {
+			t.Errorf("sends %#x to %#x: slots %v, want %v", lo, hi, done, want)
+		}
+	}
+	complete(0xffff_fff1, 0xffff_fff1, 1)
+	complete(0xffff_fffe, 1, 14, 15, 16, 17)
+	complete(0xffff_fff0, 0xffff_fff2, 0, 2)
+	complete(23, 23, 39)
+	complete(24, 24) // a send that was refused after all
+	if s.next != 25 {
+		t.Errorf("the next send is taken for number %d", s.next)
+	}
+	s.slots[s.next] = 7
+	s.next++
+	complete(25, 26, 7)
+	if s.next != 27 || len(s.slots) != 40-8 {
+		t.Errorf("the next send is taken for number %d, %d in flight", s.next, len(s.slots))
 	}
 }
