@@ -84,8 +84,14 @@ func (d *Device) Available() int {
 	return int(d.avail - d.next)
 }
 
-// Known is the number of chains that are known to be available without a look at memory that the driver writes.
-func (d *Device) Known() int { return int(d.avail - d.next) }
+// Ahead is how many chains more Pop may take before it has to look at an index that the driver writes. A packed ring has none: there, it looks
+// at each descriptor as it comes.
+func (d *Device) Ahead() int {
+	if d.packed != nil {
+		return d.size - int(d.packed.out)
+	}
+	return int(d.avail - d.next)
+}
 
 // Unpop gives back the n chains popped last, none of which was Put: they will be popped again.
 func (d *Device) Unpop(n int) {
