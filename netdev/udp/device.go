@@ -64,7 +64,7 @@ func (d *Device) room() (int, error) {
 	}
 	mtu := maxMTU
 	for _, r := range d.opts.Remotes {
-		outer, err := pathMTU(d.opts.Local, r, d.opts.Dev)
+		outer, err := d.opts.pathMTU(r)
 		if err != nil {
 			return 0, err
 		}
@@ -78,7 +78,14 @@ func (d *Device) room() (int, error) {
 
 func (d *Device) openReceiver() (err error) {
 	r := &d.queue.recv
-	if r.fd, err = newSocket(d.opts.Local, d.opts.Dev); err != nil {
+	at := d.opts.Local
+	if len(d.opts.groups()) > 0 {
+		at = netip.AddrPortFrom(unspecified(at.Addr().Is6()), at.Port()) // else nothing for a group would come
+	}
+	if r.fd, err = newSocket(at, d.opts.Dev); err != nil {
+		return err
+	}
+	if err := d.opts.join(r.fd); err != nil {
 		return err
 	}
 	r.mode, r.vni, r.inbox = d.opts.Mode, d.opts.VNI, sys.NewInbox(recvBatch, recvSize)
@@ -109,6 +116,9 @@ func (d *Device) openSender() error {
 			return err
 		}
 		s.socks = append(s.socks, sock)
+		if err := d.opts.prepare(sock.fd); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -37,10 +37,11 @@ type Options struct {
 	Mode    Mode
 	VNI     uint32           // of VXLAN and Geneve: 0 to 2^24-1
 	Local   netip.AddrPort   // address to send from and receive at; the zero address is any, port 0 is Port
-	Remotes []netip.AddrPort // peers, at least one, of Local's family; port 0 is Port
+	Remotes []netip.AddrPort // peers, at least one, of Local's family, or multicast groups that peers are in; port 0 is Port
 	Port    uint16           // that Local and Remotes have where they say none; 0 is the mode's own
 	Dev     string           // the interface that the datagrams are bound to, or ""
 	MTU     int              // of the guest, in bytes; 0 is what the path to the peers has room for
+	TTL     int              // of the datagrams, in hops; 0 is the host's own default, and 1 to groups
 	NoLearn bool             // frames go to all peers, whatever comes from where
 	Ports   int              // source ports that flows are spread over; 0 is DefaultPorts. Dgram has one, Local's
 
@@ -63,6 +64,7 @@ var keys = []struct {
 	{"port", "N", tunnels, parsePort},
 	{"dev", "NAME", all, func(o *Options, v string) error { o.Dev = v; return checkName(v) }},
 	{"mtu", "BYTES", all, func(o *Options, v string) (err error) { o.MTU, err = number(v, minMTU, maxMTU); return }},
+	{"ttl", "HOPS", tunnels, func(o *Options, v string) (err error) { o.TTL, err = number(v, 1, 255); return }},
 	{"learning", "on|off", tunnels, parseLearning},
 	{"ports", "N", tunnels, func(o *Options, v string) (err error) { o.Ports, err = number(v, 1, maxPorts); return }},
 	{"zerocopy", "auto|on|off", all, parsePolicy},
@@ -162,8 +164,12 @@ func (o Options) complete() (Options, error) {
 		switch {
 		case r.Port() == 0:
 			return o, fmt.Errorf("peer %s has no port: want remote=ADDR:PORT", r.Addr())
-		case r.Addr().IsMulticast() || r.Addr().IsUnspecified() || r.Addr() == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
-			return o, fmt.Errorf("peer %s is not one host: name every peer, frames for all are sent to each", r.Addr())
+		case r.Addr().IsUnspecified() || r.Addr() == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+			return o, fmt.Errorf("peer %s is neither one host nor a multicast group", r.Addr())
+		case r.Addr().IsMulticast() && o.Mode == Dgram:
+			return o, fmt.Errorf("peer %s is not one host, which dgram wants", r.Addr())
+		case r.Addr().IsMulticast() && r.Addr().Is6() && o.Dev == "":
+			return o, fmt.Errorf("group %s may be on any interface: name one with dev=", r.Addr())
 		case r.Addr().Is4() != o.Remotes[0].Addr().Is4() || o.Local.Addr().IsValid() && r.Addr().Is4() != o.Local.Addr().Is4():
 			return o, errors.New("addresses must be all IPv4 or all IPv6")
 		case slices.Contains(o.Remotes[:i], r):
@@ -172,11 +178,7 @@ func (o Options) complete() (Options, error) {
 		o.Remotes[i] = r
 	}
 	if !o.Local.Addr().IsValid() {
-		any4, any6 := netip.IPv4Unspecified(), netip.IPv6Unspecified()
-		o.Local = netip.AddrPortFrom(any4, port)
-		if o.Remotes[0].Addr().Is6() {
-			o.Local = netip.AddrPortFrom(any6, port)
-		}
+		o.Local = netip.AddrPortFrom(unspecified(o.Remotes[0].Addr().Is6()), port)
 	}
 	if o.Local.Port() == 0 {
 		o.Local = netip.AddrPortFrom(o.Local.Addr(), port)
@@ -186,6 +188,10 @@ func (o Options) complete() (Options, error) {
 
 func (o Options) checkNumbers() (Options, error) {
 	switch {
+	case o.Local.Addr().IsMulticast():
+		return o, fmt.Errorf("local=%s is a group: it belongs to remote=", o.Local.Addr())
+	case o.TTL < 0 || o.TTL > 255:
+		return o, fmt.Errorf("time to live of %d hops, want 1 to 255", o.TTL)
 	case o.Mode == Dgram && len(o.Remotes) != 1:
 		return o, fmt.Errorf("dgram has one peer, not %d", len(o.Remotes))
 	case o.Mode == Dgram && o.Local.Port() == 0:

@@ -55,9 +55,16 @@ func v4(a netip.Addr) (b [4]byte) {
 	return b
 }
 
+func unspecified(v6 bool) netip.Addr {
+	if v6 {
+		return netip.IPv6Unspecified()
+	}
+	return netip.IPv4Unspecified()
+}
+
 // zone is the index of dev for a link-local address, which means nothing without.
 func zone(a netip.Addr, dev string) uint32 {
-	if !a.IsLinkLocalUnicast() || dev == "" {
+	if !a.IsLinkLocalUnicast() && !a.IsLinkLocalMulticast() || dev == "" {
 		return 0
 	}
 	index, err := ifindex(dev)
@@ -124,17 +131,20 @@ func sendOnly(fd int) error {
 }
 
 // pathMTU is what the route to a peer has room for at the moment, in bytes of IP packet.
-func pathMTU(local, peer netip.AddrPort, dev string) (int, error) {
-	fd, err := newSocket(netip.AddrPortFrom(local.Addr(), 0), dev)
+func (o *Options) pathMTU(peer netip.AddrPort) (int, error) {
+	fd, err := newSocket(netip.AddrPortFrom(o.Local.Addr(), 0), o.Dev)
 	if err != nil {
 		return 0, err
 	}
 	defer unix.Close(fd)
+	if err := o.prepare(fd); err != nil {
+		return 0, err
+	}
 	level, opt := unix.IPPROTO_IP, unix.IP_MTU
 	var to unix.Sockaddr = &unix.SockaddrInet4{Port: int(peer.Port()), Addr: v4(peer.Addr())}
 	if peer.Addr().Is6() {
 		level, opt = unix.IPPROTO_IPV6, unix.IPV6_MTU
-		to = &unix.SockaddrInet6{Port: int(peer.Port()), Addr: peer.Addr().As16(), ZoneId: zone(peer.Addr(), dev)}
+		to = &unix.SockaddrInet6{Port: int(peer.Port()), Addr: peer.Addr().As16(), ZoneId: zone(peer.Addr(), o.Dev)}
 	}
 	if err := unix.Connect(fd, to); err != nil {
 		return 0, fmt.Errorf("the way to peer %s: %w%s", peer, err, explainRoute(err))
