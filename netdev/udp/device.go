@@ -95,11 +95,15 @@ func (d *Device) openReceiver() (err error) {
 func (d *Device) openSender() error {
 	s := &d.queue.send
 	s.tunnel, s.mark, s.full = d.opts.Mode.header(d.opts.VNI), s.marked, -1
+	var hosts []sys.Sockaddr
 	for _, r := range d.opts.Remotes {
-		s.remotes = append(s.remotes, sys.NewSockaddr(r, zone(r.Addr(), d.opts.Dev)))
+		a := sys.NewSockaddr(r, zone(r.Addr(), d.opts.Dev))
+		if s.remotes = append(s.remotes, a); !r.Addr().IsMulticast() {
+			hosts = append(hosts, a)
+		}
 	}
 	if d.opts.Mode != Dgram && !d.opts.NoLearn {
-		s.table = newTable(d.opts.Local.Port(), s.remotes)
+		s.table = newTable(d.opts.Local.Port(), hosts)
 		d.queue.recv.table = s.table
 	}
 	if d.opts.Mode == Dgram { // the peer answers to where frames come from
@@ -204,6 +208,7 @@ type Stats struct {
 	Flooded             uint64 // frames that went to several peers
 	Malformed, OtherVNI uint64 // datagrams without a frame for the guest
 	NotLearnt           uint64 // frames whose source address found no room in the table
+	Moved               uint64 // source addresses that came from another peer than before
 }
 
 // Stats reads the counters; safe from any goroutine.
@@ -212,7 +217,7 @@ func (d *Device) Stats() Stats {
 	s := Stats{Flooded: q.send.flooded.Load(), Malformed: q.recv.malformed.Load(), OtherVNI: q.recv.otherVNI.Load()}
 	if t := q.send.table; t != nil {
 		t.mu.Lock()
-		s.NotLearnt = t.full
+		s.NotLearnt, s.Moved = t.full, t.moved
 		t.mu.Unlock()
 	}
 	if q.send.flights != nil {

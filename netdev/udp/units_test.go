@@ -3,6 +3,7 @@ package udp
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -178,15 +179,74 @@ func TestTable(t *testing.T) {
 	want(a, now.Add(learntFor+time.Second), "nowhere")
 	tbl.learn(mac{1, 1}, &from, now)
 	want(mac{1, 1}, now, "nowhere") // no source is a group
-	for i := range maxLearnt + 10 {
-		tbl.learn(mac{2, 9, byte(i >> 8), byte(i)}, &from, now)
+	if tbl.moved != 1 {
+		t.Errorf("%d addresses moved", tbl.moved)
 	}
-	if len(tbl.m) != maxLearnt || tbl.full == 0 {
-		t.Errorf("%d addresses, %d refused", len(tbl.m), tbl.full)
+	tbl.checkCounts(t)
+}
+
+// checkCounts compares what is counted with what is there.
+func (t *table) checkCounts(tb testing.TB) {
+	tb.Helper()
+	behind, strangers := map[sys.Sockaddr]int{}, 0
+	for _, e := range t.m {
+		behind[e.from]++
+		if _, named := t.named[e.from]; !named {
+			strangers++
+		}
 	}
-	later := now.Add(learntFor + sweepGap)
-	tbl.learn(mac{2, 3}, &from, later)
-	want(mac{2, 3}, later, "10.0.0.3:99") // old ones made room
+	if !maps.Equal(behind, t.behind) || strangers != t.strangers {
+		tb.Errorf("%d strangers and %v are counted as %d and %v", strangers, behind, t.strangers, t.behind)
+	}
+}
+
+// TestTableUnderAttack: made-up addresses from anywhere neither drive out what is known nor keep the configuration's peers from being learnt.
+func TestTableUnderAttack(t *testing.T) {
+	addr := func(host byte) *sys.Sockaddr {
+		a := sys.NewSockaddr(netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 1, host}), 4789), 0)
+		return &a
+	}
+	host, friend := addr(1), addr(2)
+	tbl := newTable(4789, []sys.Sockaddr{*host, *friend})
+	now, late := time.Now(), time.Now().Add(learntFor+time.Second)
+	own := mac{2, 1}
+	tbl.learn(own, host, now)
+	n := 0
+	flood := func(from *sys.Sockaddr, at time.Time) {
+		for range 3 * maxLearnt {
+			n++
+			tbl.learn(mac{2, 9, byte(n >> 16), byte(n >> 8), byte(n)}, from, at)
+		}
+	}
+	size := func(want int) {
+		t.Helper()
+		if tbl.checkCounts(t); len(tbl.m) != want || tbl.full == 0 {
+			t.Errorf("%d addresses known, want %d; %d frames refused", len(tbl.m), want, tbl.full)
+		}
+	}
+	flood(addr(77), now)
+	size(1 + maxFromOne)
+	for i := range byte(20) {
+		flood(addr(100+i), now)
+	}
+	size(1 + maxStrangers)
+	tbl.learn(mac{2, 2}, friend, now)
+	size(2 + maxStrangers)
+	flood(friend, now)
+	size(1 + maxFromOne + maxStrangers)
+	if p, ok := tbl.lookup(own, now); !ok || p != *host {
+		t.Error("a known address was driven out")
+	}
+	tbl.learn(own, addr(120), now) // over its bound, it is not believed
+	if p, ok := tbl.lookup(own, now); !ok || p != *host {
+		t.Error("a known address was moved to a peer that has too many")
+	}
+	tbl.learn(own, host, late.Add(-time.Minute)) // seen again
+	flood(addr(200), late)
+	size(1 + maxFromOne) // the rest was old
+	if _, ok := tbl.lookup(own, late); !ok {
+		t.Error("an address in use was forgotten")
+	}
 }
 
 func TestThrottle(t *testing.T) {
