@@ -49,3 +49,6 @@ func (v *Iovecs) call(nr uintptr, fd int) (int, syscall.Errno) {
 		}
 	}
 }
+
+// Pieces are what a call would read or write, until Reset.
+func (v *Iovecs) Pieces() []unix.Iovec { return v.v }

@@ -2,6 +2,7 @@ package sys
 
 import (
 	"fmt"
+	"math"
 
 	"golang.org/x/sys/unix"
 )
@@ -96,3 +97,10 @@ func TunSetPersist(fd int, persist bool) error {
 	}
 	return unix.IoctlSetInt(fd, unix.TUNSETPERSIST, v)
 }
+
+// TunSendBuffer returns the size in bytes of the send buffer of fd's queue: frames that were written and have not left yet count
+// against it, and a write that finds it full is refused with EAGAIN. TunUnbounded is a tap's, unless somebody set it.
+func TunSendBuffer(fd int) (int, error) { return unix.IoctlGetInt(fd, unix.TUNGETSNDBUF) }
+
+// TunUnbounded is the size of a send buffer that is never full.
+const TunUnbounded = math.MaxInt32

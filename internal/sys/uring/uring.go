@@ -55,7 +55,8 @@ const (
 	opWritevFixed = 61
 	numOps        = 64 // that we ask about
 
-	rwfNowait = 8 // in sqe.op of a write
+	rwfNowait    = 8      // in sqe.op of a write
+	sqeFixedFile = 1 << 0 // in sqe.flags: sqe.fd counts among the registered ones
 
 	sendFixed       = 1 << 2 // in sqe.ioprio
 	sendReportUsage = 1 << 3
@@ -63,6 +64,8 @@ const (
 
 	registerBuffers   = 0
 	unregisterBuffers = 1
+	registerFiles     = 2
+	unregisterFiles   = 3
 	registerProbe     = 8
 	opSupported       = 1 << 0 // in a probe's flags
 
@@ -180,7 +183,7 @@ func (r *Ring) FD() int { return r.fd }
 
 // Close frees the ring. Sends that are not complete go on, their pages safe in the kernel's hands, but nobody will hear of their end.
 func (r *Ring) Close() error {
-	var errs []error
+	errs := []error{r.dropFile()}
 	for _, m := range [][]byte{r.rings, r.entries} {
 		if m != nil {
 			errs = append(errs, unix.Munmap(m))

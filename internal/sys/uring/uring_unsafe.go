@@ -27,6 +27,7 @@ type Ring struct {
 
 	ops     probe
 	buffers bool // some are registered
+	file    bool // one is registered
 }
 
 func setup(entries int, p *params) (int, error) {
