@@ -36,9 +36,10 @@ func resend(batch []*zerocopy.Buffer) {
 	}
 }
 
-func TestSendAllocs(t *testing.T) {
-	inNetns(t)
-	q := open(t, "tap:t0,mtu=9000").Queue(0)
+func TestSendAllocs(t *testing.T) { bothWays(t, testSendAllocs) }
+
+func testSendAllocs(t *testing.T, options string) {
+	q := open(t, "tap:t0,mtu=9000"+options).Queue(0)
 	for _, n := range []int{60, 1514, 60000} {
 		batch := batchOf(n)
 		resend(batch)
@@ -86,24 +87,31 @@ func TestRecvAllocs(t *testing.T) {
 	}
 }
 
-// BenchmarkSend is the CPU time of a frame from Send to where the kernel finds that nobody wants it.
+// BenchmarkSend is the time of a frame from Send to where the kernel finds that nobody wants it.
 func BenchmarkSend(b *testing.B) {
 	for _, n := range []int{64, 1514, 9014, 65000} {
-		b.Run(fmt.Sprintf("len=%d", n), func(b *testing.B) {
-			inNetns(b)
-			q := open(b, "tap:t0,mtu=9000").Queue(0)
-			batch := batchOf(n)
-			resend(batch)
-			b.SetBytes(int64(n))
-			b.ResetTimer()
-			for i := 0; i < b.N; i += len(batch) {
-				q.Send(batch)
-				resend(batch)
+		for _, batch := range []int{1, 4, 32} {
+			for _, way := range []string{"off", "on"} {
+				b.Run(fmt.Sprintf("len=%d/batch=%d/io-uring=%s", n, batch, way), func(b *testing.B) {
+					benchSend(b, batchOf(n)[:batch], ",io-uring="+way)
+				})
 			}
-			if c := q.Counters(); c.SendDropped != 0 {
-				b.Fatalf("%d frames dropped", c.SendDropped)
-			}
-		})
+		}
+	}
+}
+
+func benchSend(b *testing.B, batch []*zerocopy.Buffer, options string) {
+	inNetns(b)
+	q := open(b, "tap:t0,mtu=9000"+options).Queue(0)
+	resend(batch)
+	b.SetBytes(int64(batch[0].Len()))
+	b.ResetTimer()
+	for i := 0; i < b.N; i += len(batch) {
+		q.Send(batch)
+		resend(batch)
+	}
+	if c := q.Counters(); c.SendDropped != 0 {
+		b.Fatalf("%d frames dropped", c.SendDropped)
 	}
 }
 

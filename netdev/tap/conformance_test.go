@@ -18,6 +18,8 @@ func TestDevice(t *testing.T) {
 		open func(t *testing.T) *Device
 	}{
 		{"tap", func(t *testing.T) *Device { return open(t, "tap:t0,mtu=9000") }},
+		{"io-uring=on", func(t *testing.T) *Device { return open(t, "tap:t0,mtu=9000,io-uring=on") }},
+		{"io-uring=off", func(t *testing.T) *Device { return open(t, "tap:t0,mtu=9000,io-uring=off") }},
 		{"queues=3", func(t *testing.T) *Device { return open(t, "tap:t0,mtu=9000,queues=3") }},
 		{"fd", func(t *testing.T) *Device {
 			up := true

@@ -93,6 +93,7 @@ func (d *Device) mark() {
 func (d *Device) Close() error {
 	var errs []error
 	for _, q := range d.queues {
+		q.stopBatches() // first: the ring holds the descriptor's file
 		if q.fd >= 0 {
 			errs = append(errs, unix.Close(q.fd))
 			q.fd = -1

@@ -57,6 +57,16 @@ func inNetns(t testing.TB) {
 	_ = os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0)
 }
 
+// bothWays runs a test for frames that are written one by one, and for batches of any size.
+func bothWays(t *testing.T, test func(t *testing.T, options string)) {
+	for _, way := range []string{"off", "on"} {
+		t.Run("io-uring="+way, func(t *testing.T) {
+			inNetns(t)
+			test(t, ",io-uring="+way)
+		})
+	}
+}
+
 // open opens a tap from the form of the command line.
 func open(t testing.TB, s string) *Device {
 	t.Helper()

@@ -59,11 +59,33 @@ func (d *Device) setup(o *Options) error {
 		return err
 	}
 	d.mtu = mtu
+	if err := d.setBatching(o.IOUring); err != nil {
+		return err
+	}
 	if o.Persist {
 		// Last, so that a tap that could not be set up does not stay.
 		if err := sys.TunSetPersist(d.queues[0].fd, true); err != nil {
 			return fmt.Errorf("%s: making it persistent: %w", d, err)
 		}
+	}
+	return nil
+}
+
+// setBatching makes what it takes to hand over frames many at a time.
+func (d *Device) setBatching(how Batching) error {
+	if how == BatchNever {
+		return nil
+	}
+	least := batchLeast
+	if how == BatchAlways {
+		least = 1
+	}
+	for i, q := range d.queues {
+		b, err := newBatcher(q.fd, least)
+		if err != nil && how == BatchAlways {
+			return fmt.Errorf("%s: queue %d: io-uring=on: %w: leave it out, and frames are written one by one", d, i, err)
+		}
+		q.send.batch = b
 	}
 	return nil
 }

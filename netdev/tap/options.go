@@ -39,7 +39,18 @@ type Options struct {
 	Up *bool
 	// Persist lets the tap outlive vhostd.
 	Persist bool
+	// IOUring says when frames are handed to the kernel many at a time.
+	IOUring Batching
 }
+
+// Batching says when frames from the guest go to the kernel many at a time, through an io_uring.
+type Batching uint8
+
+const (
+	BatchAuto   Batching = iota // from a few frames on, where the host has what it takes
+	BatchAlways                 // even single ones; a host that lacks what it takes is an error
+	BatchNever                  // a system call for every frame
+)
 
 // keys are the options in a string, in the order in which they are listed to people.
 var keys = []struct {
@@ -52,6 +63,7 @@ var keys = []struct {
 	{"mac", "ADDRESS", parseMAC},
 	{"up", "on|off", func(o *Options, v string) error { up, err := onOff(v); o.Up = &up; return err }},
 	{"persist", "on|off", func(o *Options, v string) (err error) { o.Persist, err = onOff(v); return }},
+	{"io-uring", "auto|on|off", parseBatching},
 	{"fd", "N", parseFDs},
 	{"fds", "N:N...", parseFDs},
 	{"macvtap", "/dev/tapN|NAME", func(o *Options, v string) error { o.Macvtap = v; return checkMacvtap(v) }},
@@ -158,6 +170,15 @@ func onOff(s string) (bool, error) {
 		return false, nil
 	}
 	return false, errors.New("want on or off")
+}
+
+func parseBatching(o *Options, v string) error {
+	i := slices.Index([]string{"auto", "on", "off"}, v)
+	if i < 0 {
+		return errors.New("want auto, on or off")
+	}
+	o.IOUring = Batching(i)
+	return nil
 }
 
 func parseMAC(o *Options, v string) error {

@@ -26,6 +26,9 @@ func TestParseOptions(t *testing.T) {
 		"tap:fds=3:4:7,queues=3":                 {FDs: []int{3, 4, 7}, Queues: 3},
 		"tap:macvtap=/dev/tap7,queues=2":         {Macvtap: "/dev/tap7", Queues: 2},
 		"tap:macvtap=mv0":                        {Macvtap: "mv0"},
+		"tap:t,io-uring=auto":                    {Name: "t"},
+		"tap:t,io-uring=on":                      {Name: "t", IOUring: BatchAlways},
+		"tap:t,io-uring=off":                     {Name: "t", IOUring: BatchNever},
 	} {
 		got, err := ParseOptions(s)
 		if err != nil {
@@ -54,6 +57,7 @@ func TestParseOptionsErrors(t *testing.T) {
 		"tap:a/b":                     "no interface name",
 		"tap:.":                       "no interface name",
 		"tap:t,bridge=":               "no interface name",
+		"tap:t,io-uring=maybe":        "io-uring=maybe: want auto, on or off",
 		"tap:t,fd=3":                  "exclude each other",
 		"tap:t,macvtap=m":             "exclude each other",
 		"tap:fd=3,macvtap=m":          "exclude each other",

@@ -18,12 +18,25 @@ const maxFrags = sys.MaxIovecs - 1
 type sender struct {
 	hdr     [hdrSize]byte
 	iov     sys.Iovecs
-	linear  []byte // for frames of more than maxFrags fragments
+	linear  []byte   // for frames of more than maxFrags fragments
+	batch   *batcher // or nil: frames are written one by one
 	dropped atomic.Uint64
 }
 
-// Send writes frames one by one; see netdev.Queue. The kernel has copied a frame when its write returns.
+// Send writes frames; see netdev.Queue. The kernel has copied a frame when its write returns.
 func (q *queue) Send(bufs []*zerocopy.Buffer) int {
+	sent := 0
+	for q.send.batch != nil && len(bufs)-sent >= q.send.batch.least {
+		n, full := q.sendBatch(bufs[sent:])
+		if sent += n; full {
+			return sent
+		}
+	}
+	return sent + q.sendEach(bufs[sent:])
+}
+
+// sendEach is Send with a system call for every frame.
+func (q *queue) sendEach(bufs []*zerocopy.Buffer) int {
 	start := 0 // bufs[start:i] are sent and not released
 	for i, b := range bufs {
 		errno := q.write(b)
@@ -34,33 +47,43 @@ func (q *queue) Send(bufs []*zerocopy.Buffer) int {
 		if errno == unix.EAGAIN {
 			return i
 		}
-		// What the kernel refuses now (a bad header, an interface that is down or gone, no memory) it would refuse again, or too late.
-		q.send.dropped.Add(1)
-		zerocopy.ReleaseAll(bufs[i:i+1], zerocopy.Dropped)
+		q.drop(b)
 		start = i + 1
 	}
 	zerocopy.ReleaseAll(bufs[start:], zerocopy.Copied)
 	return len(bufs)
 }
 
+// drop is the end of a frame that the kernel refuses now (a bad header, an interface that is down or gone, no memory): it would refuse it
+// again, or take it too late.
+func (q *queue) drop(b *zerocopy.Buffer) {
+	q.send.dropped.Add(1)
+	b.Release(zerocopy.Dropped)
+}
+
 func (q *queue) write(b *zerocopy.Buffer) syscall.Errno {
 	s := &q.send
-	s.iov.Reset()
-	if q.hdr > 0 {
-		hdr := outgoing(b.Header(), b.Len())
-		hdr.Encode(s.hdr[:q.hdr])
-		s.iov.Add(s.hdr[:q.hdr])
+	q.gather(&s.iov, s.hdr[:q.hdr], b)
+	_, errno := s.iov.Writev(q.fd)
+	return errno
+}
+
+// gather makes v the pieces of a frame, with its header in hdr, the kernel's if it wants one.
+func (q *queue) gather(v *sys.Iovecs, hdr []byte, b *zerocopy.Buffer) {
+	v.Reset()
+	if len(hdr) > 0 {
+		h := outgoing(b.Header(), b.Len())
+		h.Encode(hdr)
+		v.Add(hdr)
 	}
 	segs := b.Segs()
 	if len(segs) > maxFrags {
-		s.iov.Add(s.flatten(b))
-	} else {
-		for i := range segs {
-			s.iov.Add(segs[i].Mem)
-		}
+		v.Add(q.send.flatten(b))
+		return
 	}
-	_, errno := s.iov.Writev(q.fd)
-	return errno
+	for i := range segs {
+		v.Add(segs[i].Mem)
+	}
 }
 
 // outgoing is the guest's header as the kernel gets it: only what a driver may say (virtio-v1.2 §5.1.6.2.1), and hdr_len, a hint that

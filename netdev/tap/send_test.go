@@ -10,9 +10,10 @@ import (
 	"github.com/vhostd/vhostd/zerocopy"
 )
 
-func TestSend(t *testing.T) {
-	inNetns(t)
-	d := open(t, "tap:t0,mtu=65521")
+func TestSend(t *testing.T) { bothWays(t, testSend) }
+
+func testSend(t *testing.T, options string) {
+	d := open(t, "tap:t0,mtu=65521"+options)
 	w := newWire(t, "t0")
 	for i, n := range []int{14, 60, 1514, 9014, 65535} {
 		want := testFrame(n, uint32(i))
@@ -26,9 +27,10 @@ func TestSend(t *testing.T) {
 }
 
 // TestSendManyFragments: the kernel takes 1024 pieces in one call.
-func TestSendManyFragments(t *testing.T) {
-	inNetns(t)
-	d := open(t, "tap:t0,mtu=9000")
+func TestSendManyFragments(t *testing.T) { bothWays(t, testSendManyFragments) }
+
+func testSendManyFragments(t *testing.T, options string) {
+	d := open(t, "tap:t0,mtu=9000"+options)
 	w := newWire(t, "t0")
 	for _, n := range []int{maxFrags - 1, maxFrags, maxFrags + 1, 9014} {
 		want := testFrame(n, uint32(n))
@@ -40,13 +42,21 @@ func TestSendManyFragments(t *testing.T) {
 		b.add(virtio.NetHdr{}, frags...)
 		b.sendAll(t, d.Queue(0), zerocopy.Copied)
 		wantFrame(t, w.recv(), want)
+		for range 4 {
+			b.add(virtio.NetHdr{}, frags...)
+		}
+		b.sendAll(t, d.Queue(0), zerocopy.Copied, zerocopy.Copied, zerocopy.Copied, zerocopy.Copied)
+		for range 4 {
+			wantFrame(t, w.recv(), want)
+		}
 	}
 }
 
 // TestSendRefused: a frame that the kernel refuses is dropped and counted, and the others of its batch go out.
-func TestSendRefused(t *testing.T) {
-	inNetns(t)
-	d := open(t, "tap:t0")
+func TestSendRefused(t *testing.T) { bothWays(t, testSendRefused) }
+
+func testSendRefused(t *testing.T, options string) {
+	d := open(t, "tap:t0"+options)
 	w := newWire(t, "t0")
 	good := [][]byte{testFrame(100, 1), testFrame(200, 2), testFrame(300, 3)}
 	bad := virtio.NetHdr{Flags: virtio.NetHdrNeedsCsum, CsumStart: 5000, CsumOffset: 16}
@@ -66,9 +76,10 @@ func TestSendRefused(t *testing.T) {
 }
 
 // TestSendMissingPage: pages that are no longer there cost their own frame only.
-func TestSendMissingPage(t *testing.T) {
-	inNetns(t)
-	d := open(t, "tap:t0")
+func TestSendMissingPage(t *testing.T) { bothWays(t, testSendMissingPage) }
+
+func testSendMissingPage(t *testing.T, options string) {
+	d := open(t, "tap:t0"+options)
 	w := newWire(t, "t0")
 	hole, err := unix.Mmap(-1, 0, 4096, unix.PROT_NONE, unix.MAP_PRIVATE|unix.MAP_ANON)
 	must(t, err)
@@ -82,9 +93,10 @@ func TestSendMissingPage(t *testing.T) {
 }
 
 // TestSendHeaderIsSane: a driver's header that says what a driver may not say, or whose hint is nonsense, costs it no frame.
-func TestSendHeaderIsSane(t *testing.T) {
-	inNetns(t)
-	d := open(t, "tap:t0")
+func TestSendHeaderIsSane(t *testing.T) { bothWays(t, testSendHeaderIsSane) }
+
+func testSendHeaderIsSane(t *testing.T, options string) {
+	d := open(t, "tap:t0"+options)
 	w := newWire(t, "t0")
 	want := testFrame(100, 1)
 	var b buffers
@@ -94,9 +106,10 @@ func TestSendHeaderIsSane(t *testing.T) {
 }
 
 // TestSendDown: an interface that is down, and one that is gone, drop frames.
-func TestSendDown(t *testing.T) {
-	inNetns(t)
-	d := open(t, "tap:t0,up=off")
+func TestSendDown(t *testing.T) { bothWays(t, testSendDown) }
+
+func testSendDown(t *testing.T, options string) {
+	d := open(t, "tap:t0,up=off"+options)
 	var b buffers
 	b.add(virtio.NetHdr{}, testFrame(100, 1))
 	b.add(virtio.NetHdr{}, testFrame(100, 2))
@@ -111,48 +124,5 @@ func TestSendDown(t *testing.T) {
 	g.post(1, 2048)
 	if _, _, err := d.Queue(0).Recv(g.posted, 1); err == nil {
 		t.Error("Recv from an interface that is gone succeeds")
-	}
-}
-
-// TestSendFull: with the socket buffer full, Send takes what goes and the rest later.
-func TestSendFull(t *testing.T) {
-	inNetns(t)
-	d := open(t, "tap:t0")
-	// Frames pile up behind a token bucket, charged to the tap's socket until they leave.
-	must(t, unix.IoctlSetPointerInt(d.queues[0].fd, unix.TUNSETSNDBUF, 20000))
-	link := linkByName(t, "t0")
-	snoop := false // a snooping bridge sends frames of its own
-	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}, MulticastSnooping: &snoop}
-	must(t, netlink.LinkAdd(bridge))
-	must(t, netlink.LinkSetUp(bridge))
-	must(t, netlink.LinkSetMaster(link, bridge))
-	sink := open(t, "tap:t1,bridge=br0")
-	must(t, netlink.QdiscReplace(&netlink.Tbf{
-		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: linkByName(t, "t1").Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
-		Rate:       200_000, Limit: 1 << 20, Buffer: netlink.Xmittime(200_000, 3000),
-	}))
-	g := newGuest(t, 256, plain)
-	var b buffers
-	const frames = 60
-	for i := range frames {
-		b.add(virtio.NetHdr{}, testFrame(1014, uint32(i)))
-	}
-	q, got, full := d.Queue(0), 0, false
-	for left := b.bufs; len(left) > 0 || got < frames; {
-		n := q.Send(left)
-		full = full || n < len(left)
-		left = left[n:]
-		g.post(1, 2048)
-		wantFrame(t, g.recv(sink.Queue(0)).data, testFrame(1014, uint32(got)))
-		got++
-		if n == 0 && len(left) > 0 {
-			pollFor(t, q.SendFD(), unix.POLLOUT)
-		}
-	}
-	if !full {
-		t.Error("Send took all at once: the test does not fill the socket buffer")
-	}
-	if len(b.outcomes) != frames {
-		t.Errorf("%d releases for %d frames", len(b.outcomes), frames)
 	}
 }
