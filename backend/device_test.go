@@ -44,6 +44,7 @@ type wire struct {
 	held      []*zerocopy.Buffer
 	orphans   bool // Orphan copies what is held and releases it
 	orphaned  int
+	reaped    func() // called by Reap, if not nil
 	inbox     []parcel
 	full      bool // somebody waits for room in inbox
 	in        *sys.EventFD
@@ -182,7 +183,16 @@ func (w *wire) push(p parcel) {
 	w.in.Signal()
 }
 
-func (w *wire) Reap()       {}
+// Reap implements netdev.Queue.
+func (w *wire) Reap() {
+	w.mu.Lock()
+	f := w.reaped
+	w.mu.Unlock()
+	if f != nil {
+		f()
+	}
+}
+
 func (w *wire) SendFD() int { return w.fill }
 func (w *wire) RecvFD() int { return w.in.FD() }
 

@@ -10,6 +10,7 @@ import (
 
 	"github.com/vhostd/vhostd/backend"
 	"github.com/vhostd/vhostd/internal/vhosttest"
+	"github.com/vhostd/vhostd/vhostuser"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
 )
@@ -321,5 +322,56 @@ func TestUntakenFramesSurviveMemoryChange(t *testing.T) {
 		if err := a.Transmitq(0).Settle(); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// With many queues the frames of all are waited for at the same time, and no worker goes on meanwhile. Here the frame of the first queue is released when the
+// last one is reaped: whoever waits for one queue after the other waits in vain.
+func TestQueuesDrainTogether(t *testing.T) {
+	ok := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	const pairs = 8
+	for name, stop := range map[string]func(e *end){
+		"RESET_DEVICE": func(e *end) { ok(e.FE.ResetDevice()) },
+		"SET_STATUS 0": func(e *end) { ok(e.FE.SetStatus(0)) },
+		"disconnect":   func(e *end) { e.Hangup() },
+		"SET_MEM_TABLE": func(e *end) { // that has no ring in it
+			r := e.Mem.Regions[0]
+			if err := e.FE.SetMemTable([]vhostuser.MemoryRegion{r.MemoryRegion}, []int{r.FD}); err == nil {
+				t.Error("SET_MEM_TABLE without the rings was not refused")
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			vhosttest.NoLeaks(t)
+			d := newDevice(t, pairs)
+			e := start(t, d, vhosttest.Options{Pairs: pairs, QueueSize: 16}, func(o *backend.Options) { o.DrainTimeout = vhosttest.Patience })
+			for i, w := range d.wires {
+				w.set(true, false)
+				ok(e.Send(i, virtio.NetHdr{}, vhosttest.Frame(uint64(i), 100), nil))
+				vhosttest.Eventually(t, "the frame in the device", func() bool { return w.holds() == 1 })
+			}
+			for i, w := range d.wires {
+				next := d.wires[(i+1)%pairs]
+				w.mu.Lock()
+				w.reaped = func() { releaseAll(next) }
+				w.mu.Unlock()
+			}
+			stop(e)
+			e.Hangup()
+			vhosttest.Eventually(t, "the session's end", func() bool { return !e.be.Stats().Connected })
+			for i := range pairs {
+				if st := e.be.Stats().Queues[2*i+1]; st.GivenUp != 0 || st.Frames != 1 {
+					t.Errorf("queue %d: %+v", 2*i+1, st)
+				}
+				if n := e.Transmitq(i).Reap(); n != 1 {
+					t.Errorf("queue %d: %d chains are back, want 1", 2*i+1, n)
+				}
+			}
+		})
 	}
 }

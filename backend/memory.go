@@ -86,13 +86,26 @@ func (s *session) useTable(regions, fresh []*guestmem.Region) error {
 	old := s.table
 	s.table = table
 	s.countMemory()
-	var errs []error
-	for _, q := range s.queues {
-		errs = append(errs, q.setTable(table))
-	}
+	err = s.moveRings(table)
 	s.register(table)
 	old.Unpin()
-	return errors.Join(errs...)
+	return err
+}
+
+// moveRings has all queues work in table from now on. Rings that it does not hold stop, and are broken.
+func (s *session) moveRings(table *guestmem.Table) error {
+	var lost []*queue
+	var errs []error
+	for _, q := range s.queues {
+		if err := q.setTable(table); err != nil {
+			lost, errs = append(lost, q), append(errs, err)
+		}
+	}
+	err := s.stop(lost...) // what they have popped is returned while the old memory is there
+	for i, q := range lost {
+		q.setup.addr, q.broken = nil, errs[i]
+	}
+	return errors.Join(append(errs, err)...)
 }
 
 // register tells a device that wants to know of it what memory the guest has. No worker runs.

@@ -1,7 +1,6 @@
 package backend
 
 import (
-	"errors"
 	"fmt"
 	"math"
 	"sync"
@@ -91,12 +90,9 @@ func (q *queue) signalWake() {
 	}
 }
 
-// close stops the queue and frees its descriptors.
+// close frees the descriptors of a queue that has stopped.
 func (q *queue) close() {
 	q.lock()
-	if err := q.stop(); err != nil {
-		q.s.b.log.Warn("queue stopped unclean", "queue", q.index, "error", err)
-	}
 	setFD(&q.kick, -1)
 	setFD(&q.call, -1)
 	setFD(&q.errfd, -1)
@@ -165,7 +161,7 @@ func (s *session) SetVringBase(index int, base uint32) error {
 // GetVringBase implements vhostuser.Handler: the ring stops, after what is in flight has been returned.
 func (s *session) GetVringBase(index int) (uint32, error) {
 	q := s.queues[index]
-	if err := q.stop(); err != nil {
+	if err := s.stop(q); err != nil {
 		return 0, err
 	}
 	// A kick starts the ring again: the old one has done its work.
@@ -261,75 +257,7 @@ func (q *queue) open() error {
 	return nil
 }
 
-// stop ends the worker, returns every chain that was popped to the driver, and keeps the base. It returns within the drain
-// timeout. The queue is locked. An error means that guest memory has gone.
-func (q *queue) stop() error {
-	if !q.started {
-		return nil
-	}
-	q.started, q.kicked = false, false
-	q.mu.Unlock()
-	q.signalWake()
-	<-q.done
-	q.mu.Lock()
-	err := q.fault
-	if err == nil {
-		err = guard(q.drain)
-	}
-	if err != nil && q.window != nil {
-		q.window.Abandon()
-	}
-	q.unsent, q.fault = nil, nil
-	q.fold()
-	q.keepBase()
-	q.ring, q.window, q.posted = nil, nil, nil
-	q.s.b.log.Debug("queue stopped", "queue", q.index, "base", q.setup.base)
-	return err
-}
-
-// drain waits for what is in flight, up to the drain timeout, and leaves nothing popped that was not returned.
-func (q *queue) drain() {
-	q.recall()
-	if w := q.window; w != nil {
-		q.await(q.s.drainDeadline())
-		if n := w.Close(); n > 0 {
-			q.s.b.log.Warn("frames still in flight were returned to the guest", "queue", q.index, "frames", n)
-		}
-	}
-	q.publish()
-}
-
-// await reaps until nothing is out or the deadline comes; shortly before, the device lets go of the pages that it can copy.
-func (q *queue) await(deadline time.Time) {
-	pause := 20 * time.Microsecond
-	for {
-		q.dev.Reap()
-		q.window.Reap()
-		q.publish()
-		left := time.Until(deadline)
-		if q.window.Pending() == 0 || left <= 0 {
-			return
-		}
-		if o, ok := q.dev.(netdev.Orphaner); ok && left < q.s.b.opts.DrainTimeout/2 {
-			o.Orphan()
-		}
-		time.Sleep(pause)
-		pause = min(2*pause, time.Millisecond)
-	}
-}
-
-// recall gives back to the ring what was popped and not handed on, so that nothing points at memory that is about to change.
-func (q *queue) recall() {
-	if q.window != nil {
-		q.window.Undo(len(q.unsent))
-		q.unsent = nil
-	}
-	if q.posted != nil {
-		q.posted.GiveBack()
-	}
-}
-
-// setTable makes t the queue's memory. A ring that t does not hold breaks.
+// setTable makes t the queue's memory. The error says that t does not hold the ring: it has to stop.
 func (q *queue) setTable(t *guestmem.Table) error {
 	if !q.started {
 		return nil
@@ -340,22 +268,11 @@ func (q *queue) setTable(t *guestmem.Table) error {
 		err = q.ring.Rebind(desc, avail, used)
 	}
 	if err != nil {
-		err = fmt.Errorf("queue %d: %w", q.index, err)
-		q.retire(err)
-		return err
+		return fmt.Errorf("queue %d: %w", q.index, err)
 	}
 	q.ring.SetView(guestmem.NewView(t, nil))
 	if q.window != nil {
 		q.window.SetTable(t)
 	}
 	return nil
-}
-
-// retire ends a ring whose memory is gone: nothing can be returned to the driver any more.
-func (q *queue) retire(err error) {
-	if stopErr := q.stop(); stopErr != nil {
-		err = errors.Join(err, stopErr)
-	}
-	q.setup.addr = nil
-	q.broken = err
 }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"runtime/debug"
 	"sync/atomic"
-	"time"
 
 	"github.com/vhostd/vhostd/guestmem"
 	"github.com/vhostd/vhostd/netdev"
@@ -33,17 +32,8 @@ type session struct {
 
 	fault atomic.Pointer[error] // why a worker ended the session
 
-	closeBy    time.Time // deadline for all queues, once the session closes
 	memRegions atomic.Int64
 	memBytes   atomic.Uint64
-}
-
-// drainDeadline is until when a queue that stops may wait for its frames in flight.
-func (s *session) drainDeadline() time.Time {
-	if !s.closeBy.IsZero() {
-		return s.closeBy
-	}
-	return time.Now().Add(s.b.opts.DrainTimeout)
 }
 
 func newSession(b *Backend, conn *vhostuser.Conn) (*session, error) {
@@ -66,7 +56,9 @@ func newSession(b *Backend, conn *vhostuser.Conn) (*session, error) {
 
 // close ends the session: every ring stops, every descriptor and all memory goes.
 func (s *session) close() {
-	s.closeBy = time.Now().Add(s.b.opts.DrainTimeout)
+	if err := s.stopAll(); err != nil {
+		s.b.log.Warn("session ended unclean", "error", err)
+	}
 	for _, q := range s.queues {
 		q.close()
 	}
@@ -170,10 +162,10 @@ func (s *session) ResetOwner() error {
 
 // ResetDevice implements vhostuser.Handler.
 func (s *session) ResetDevice() error {
+	if err := s.stop(s.queues...); err != nil {
+		return vhostuser.Fatal(err)
+	}
 	for _, q := range s.queues {
-		if err := q.stop(); err != nil {
-			return vhostuser.Fatal(err)
-		}
 		q.enabled, q.broken = false, nil
 		q.setup = ringSetup{}
 	}
@@ -215,14 +207,8 @@ func (s *session) SetStatus(status uint8) error {
 	if status != statusReset {
 		return nil
 	}
-	for _, q := range s.queues {
-		q.lock()
-		err := q.stop()
-		q.broken = nil // what the guest did wrong ends with the reset
-		q.unlock()
-		if err != nil {
-			return vhostuser.Fatal(err)
-		}
+	if err := s.stopAll(); err != nil {
+		return vhostuser.Fatal(err)
 	}
 	return nil
 }

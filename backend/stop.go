@@ -1,0 +1,137 @@
+package backend
+
+import (
+	"errors"
+	"time"
+
+	"github.com/vhostd/vhostd/netdev"
+	"github.com/vhostd/vhostd/vhostuser"
+)
+
+// stopAll stops every queue of a session whose workers run.
+func (s *session) stopAll() error {
+	defer s.pause(vhostuser.PauseAll, -1)()
+	err := s.stop(s.queues...)
+	for _, q := range s.queues {
+		q.broken = nil // what the guest did wrong ends with its ring
+	}
+	return err
+}
+
+// stop ends the workers of queues, which are locked, returns every chain that they have popped to the driver, and keeps the bases. All of them
+// end before the first is waited for, and they wait at the same time: however many there are, it takes the drain timeout at most. An error means that
+// guest memory has gone.
+func (s *session) stop(queues ...*queue) error {
+	var halted []*queue
+	for _, q := range queues {
+		if q.halt() {
+			halted = append(halted, q)
+		}
+	}
+	await(halted, s.b.opts.DrainTimeout)
+	var errs []error
+	for _, q := range halted {
+		errs = append(errs, q.finish())
+	}
+	return errors.Join(errs...)
+}
+
+// halt ends the worker and gives back what it has not handed on. It reports false for a queue that does not run.
+func (q *queue) halt() bool {
+	if !q.started {
+		return false
+	}
+	q.started, q.kicked = false, false
+	q.mu.Unlock()
+	q.signalWake()
+	<-q.done
+	q.mu.Lock()
+	q.try(q.recall)
+	return true
+}
+
+// try runs f, which touches guest memory, unless that has faulted before.
+func (q *queue) try(f func()) {
+	if q.fault == nil {
+		q.fault = guard(f)
+	}
+}
+
+// await reaps halted queues until nothing is out or the timeout comes; halfway, the devices let go of the pages that they can copy.
+func await(queues []*queue, timeout time.Duration) {
+	deadline := time.Now().Add(timeout)
+	pause := 20 * time.Microsecond
+	for {
+		out := 0
+		for _, q := range queues {
+			out += q.collect()
+		}
+		left := time.Until(deadline)
+		if out == 0 || left <= 0 {
+			return
+		}
+		if left < timeout/2 {
+			for _, q := range queues {
+				q.orphan()
+			}
+		}
+		time.Sleep(pause)
+		pause = min(2*pause, time.Millisecond)
+	}
+}
+
+// collect returns to the driver what the device has released, and tells how many frames are out still.
+func (q *queue) collect() int {
+	if q.window == nil {
+		return 0
+	}
+	q.try(func() {
+		q.dev.Reap()
+		q.window.Reap()
+		q.publish()
+	})
+	if q.fault != nil {
+		return 0 // nothing can be returned any more
+	}
+	return q.window.Pending()
+}
+
+// orphan has the device copy out what it can.
+func (q *queue) orphan() {
+	if o, ok := q.dev.(netdev.Orphaner); ok && q.window != nil && q.window.Pending() > 0 {
+		q.try(o.Orphan)
+	}
+}
+
+// finish ends the ring of a halted queue: what is out still is returned all the same.
+func (q *queue) finish() error {
+	q.try(func() {
+		if q.window != nil {
+			if n := q.window.Close(); n > 0 {
+				q.s.b.log.Warn("frames still in flight were returned to the guest", "queue", q.index, "frames", n)
+			}
+		}
+		q.publish()
+	})
+	err := q.fault
+	if err != nil && q.window != nil {
+		q.window.Abandon()
+	}
+	q.unsent, q.fault = nil, nil
+	q.fold()
+	q.keepBase()
+	q.ring, q.window, q.posted = nil, nil, nil
+	q.s.b.log.Debug("queue stopped", "queue", q.index, "base", q.setup.base)
+	return err
+}
+
+// recall gives back to the ring what was popped and not handed on, so that nothing points at memory that is about to change.
+func (q *queue) recall() {
+	if q.window != nil {
+		q.window.Undo(len(q.unsent))
+		q.unsent = nil
+	}
+	if q.posted != nil {
+		q.posted.GiveBack()
+	}
+}
