@@ -14,7 +14,7 @@ export CGO_ENABLED = 0
 PACKAGES = $$($(GO) list ./... | grep -v '/test/vm$$')
 stage = @printf '\n== %s  %s\n' "$$(date +%T)"
 
-.PHONY: all build demo test lint cross unit vm race bench bench-once setup clean
+.PHONY: all build demo test lint cross unit vm race bench bench-once soak-order setup clean
 
 all: build
 
@@ -59,6 +59,11 @@ bench-once:
 
 bench:
 	$(GO) test -timeout 30m -run '^$$' -bench . -benchmem $(PACKAGES)
+
+# Not in CI, which runs the same test with fewer frames.
+soak-order:
+	$(stage) "10 million frames each over four kinds of ring, completed out of order"
+	$(GO) test -count=1 -v -timeout 30m -run 'TestTenMillion' ./backend -frames 10000000
 
 vm:
 	$(stage) "tests with virtual machines"
