@@ -25,15 +25,17 @@ var layers = map[string][]string{
 	"internal/shm":       {},
 	"internal/sys":       {},
 	"internal/sys/uring": {},
+	"internal/sys/xsk":   {"internal/shm"},
 	"offload":            {"virtio"},
 	"guestmem":           {"internal/shm"},
 	"vring":              {"virtio", "guestmem", "internal/shm"},
 	"zerocopy":           {"virtio", "guestmem", "vring", "offload"},
 	"netdev":             {"zerocopy", "offload", "virtio"},
-	"netdev/*":           {"netdev", "zerocopy", "offload", "virtio", "internal/sys", "internal/sys/uring", "internal/shm"},
+	"netdev/*":           {"netdev", "zerocopy", "offload", "virtio", "internal/sys", "internal/sys/uring", "internal/sys/xsk", "internal/shm"},
 	"vhostuser":          {"internal/sys"},
 	"backend":            {"vhostuser", "vring", "zerocopy", "netdev", "netdev/soft", "guestmem", "virtio", "offload", "internal/sys"},
-	"bench":              {"vhostuser", "vring", "guestmem", "virtio", "internal/sys", "internal/shm"},
+	"bench":              {"vhostuser", "vring", "guestmem", "virtio", "internal/sys", "internal/shm", "internal/placement"},
+	"internal/placement": {},
 	"cmd/*":              {"backend", "bench", "netdev", "netdev/*", "vhostuser", "virtio", "internal/*", "offload"},
 	// What tests and people use may see everything.
 	"internal/control":   {"internal/sys"},
@@ -186,7 +188,7 @@ func TestSizes(t *testing.T) {
 var said = []string{
 	"Error", "Unwrap", "Is", "String",
 	"Capabilities", "SetOffloads", "SetPairs", "Queue", "Close",
-	"Send", "Reap", "SendFD", "Recv", "RecvFD", "Counters", "Orphan", "Held",
+	"Send", "Reap", "SendFD", "Recv", "RecvFD", "Counters", "Orphan", "Held", "Recall",
 }
 
 // Every package says what it is, and every exported name what it does.

@@ -45,6 +45,7 @@ type Posted struct {
 	accept      offload.Set
 	err         error
 	typical     int // bytes of the last frame, with its header
+	lent        int // chains from first on that are lent; see Lend
 	Stats       PostedStats
 
 	flat      [][]byte // segments of the chains [first, flattened), from flatStart
@@ -132,6 +133,9 @@ func (p *Posted) refuse(head uint16) {
 // Write copies a frame into the guest's buffers. frags are the frame without virtio-net header, in any number of pieces; hdr describes it,
 // NumBuffers is filled in here. What the guest's driver does not accept of checksum offload and segmentation is done here, in software.
 func (p *Posted) Write(hdr virtio.NetHdr, frags [][]byte) WriteResult {
+	if p.lent > 0 {
+		p.refuseLent()
+	}
 	if len(p.pending) > 0 && !p.Flush() {
 		return NoRoom
 	}
@@ -346,6 +350,9 @@ func (p *Posted) Flush() bool {
 // It is less than min when the guest has posted less, or, without MRG_RXBUF, when its next buffer is smaller; 0 when nothing can be
 // received now. The segments are good until the next call of any method.
 func (p *Posted) Space(min int) (segs [][]byte, total int) {
+	if p.lent > 0 {
+		p.refuseLent()
+	}
 	if len(p.pending) > 0 && !p.Flush() {
 		return nil, 0
 	}
@@ -426,6 +433,9 @@ func (p *Posted) logWrite(n int) {
 // GiveBack returns the chains that are held to the ring, as if they had never been popped, and drops what waits for room. It comes before
 // the queue stops or its memory changes.
 func (p *Posted) GiveBack() {
+	if p.lent > 0 {
+		p.refuseLent()
+	}
 	p.ring.Unpop(p.held())
 	p.Stats.TooBig += uint64(len(p.pending))
 	p.first, p.last, p.flattened, p.room = 0, 0, 0, 0

@@ -1,0 +1,136 @@
+package xdp
+
+import (
+	"github.com/vhostd/vhostd/virtio"
+	"github.com/vhostd/vhostd/zerocopy"
+)
+
+// takeInPlace is take for frames that the kernel has written into the guest's buffers already.
+func (b *binding) takeInPlace(p *zerocopy.Posted, limit int) (n int, idle, disorder bool) {
+	b.reckon(p)
+	n, used, idle, disorder := b.landed(p, limit)
+	if used > 0 {
+		b.sock.Rx.Release(used)
+		b.reckon(p)
+	}
+	return n, idle, disorder
+}
+
+// landed gives the guest up to limit frames, from used entries of the Rx ring. Each entry belongs to the first of places. It reports disorder when that is
+// not so: nothing more can be said then of who has which buffer.
+func (b *binding) landed(p *zerocopy.Posted, limit int) (n, used int, idle, disorder bool) {
+	rx := &b.sock.Rx
+	for n < limit {
+		if used == rx.Len() && used == rx.More() || used >= ringSize/2 {
+			return n, used, true, false
+		}
+		d := rx.At(used)
+		base, at := received(d.Addr)
+		if b.waiting() == 0 || b.recv.places[b.recv.first].addr != base {
+			return n, used, false, true
+		}
+		alone := d.Options&contd == 0 && int(d.Len) <= b.frame
+		switch b.give(p, b.mem[at:at+uint64(d.Len)], alone) {
+		case zerocopy.NoRoom:
+			return n, used, false, false
+		case zerocopy.Written:
+			n++
+		}
+		used++
+	}
+	return n, used, false, false
+}
+
+// waiting is how many places the kernel has.
+func (b *binding) waiting() int { return len(b.recv.places) - b.recv.first }
+
+// give hands the frame at the first place to the guest. One that is not alone at its place cannot be: the XDP program lets none through.
+func (b *binding) give(p *zerocopy.Posted, frame []byte, alone bool) zerocopy.WriteResult {
+	r := &b.recv
+	pl := r.places[r.first]
+	res := zerocopy.Written
+	r.frags = append(r.frags[:0], frame)
+	switch {
+	case r.tied > 0 && !alone:
+		p.ReturnLent()
+		res = zerocopy.TooBig
+	case r.tied > 0 && pl.chunk:
+		p.WriteLent(r.frags)
+	case r.tied > 0:
+		p.UseLent(len(frame))
+	case !alone:
+		res = zerocopy.TooBig
+	default:
+		res = p.Write(virtio.NetHdr{}, r.frags)
+	}
+	if res == zerocopy.NoRoom {
+		return res
+	}
+	if r.tied > 0 {
+		r.tied--
+	}
+	if pl.chunk {
+		r.idle = append(r.idle, pl.addr)
+	}
+	r.first++
+	return res
+}
+
+// reckon borrows what the guest has posted, and gives the kernel places.
+func (b *binding) reckon(p *zerocopy.Posted) {
+	r := &b.recv
+	if r.first > ringSize {
+		r.places = append(r.places[:0], r.places[r.first:]...)
+		r.first = 0
+	}
+	before := len(r.places)
+	for {
+		if r.tied == b.waiting() && (b.waiting() == ringSize || len(r.idle) == 0) {
+			break // a place needs an entry of the Fill ring, and maybe a chunk
+		}
+		data, ok := p.Lend(b.frame)
+		if !ok {
+			break
+		}
+		if r.tied == b.waiting() {
+			b.addPlace(data)
+		}
+		r.tied++
+	}
+	if b.waiting() < lowWater {
+		for b.waiting() < topUp && len(r.idle) > 0 {
+			b.addPlace(nil)
+		}
+	}
+	if len(r.places) > before {
+		b.sock.Fill.Publish()
+		b.wakeFill()
+	}
+}
+
+// addPlace gives the kernel the place of a frame in the guest's memory, or a chunk.
+func (b *binding) addPlace(data []byte) {
+	r := &b.recv
+	pl := place{}
+	ok := false
+	if data != nil {
+		pl.addr, ok = b.fillAddr(data)
+	}
+	if !ok {
+		pl = place{addr: r.idle[len(r.idle)-1], chunk: true}
+		r.idle = r.idle[:len(r.idle)-1]
+	}
+	b.sock.Fill.Add(pl.addr)
+	r.places = append(r.places, pl)
+}
+
+// handOver gives the guest the frames that have come, when no more will.
+func (b *binding) handOver(p *zerocopy.Posted) {
+	for {
+		n, used, _, _ := b.landed(p, ringSize)
+		b.sock.Rx.Release(used)
+		if n == 0 {
+			return
+		}
+	}
+}
