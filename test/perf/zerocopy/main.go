@@ -73,7 +73,7 @@ type config struct {
 }
 
 const modesUsage = "comma-separated `list` of ways to send, the first is what the others are compared with: a zerocopy= value (off, auto, on), " +
-	"then further options of --net, each after a +, like auto+no-balloon=on or on+zerocopy-pending=64"
+	"then further options of --net, each after a +, then another binary after an @: auto+no-balloon=on, on+zerocopy-pending=64, auto@/tmp/vhostd-of-yesterday"
 
 func parseFlags() (c config, err error) {
 	var sizes, paths, modes string
@@ -93,8 +93,8 @@ func parseFlags() (c config, err error) {
 	flag.IntVar(&c.guest.Offset, "offset", 0, "bytes between the start of a page and that of the payload")
 	flag.IntVar(&c.backCPU, "cpu", 0, "processor of vhostd")
 	flag.IntVar(&c.guestCPU, "guest-cpu", 1, "processor of the guest")
-	flag.IntVar(&c.retries, "retries", 3, "repeats of a turn that was noisy")
-	flag.StringVar(&c.lock, "lock", "", "`file` to hold an flock(2) on for the time of each turn")
+	flag.IntVar(&c.retries, "retries", 2, "repeats of a turn that was noisy")
+	flag.StringVar(&c.lock, "lock", "", "`file` to hold an flock(2) on for the time of each round")
 	flag.StringVar(&c.record, "record", "", "`folder` for perf(1) records of vhostd, one of each turn; they make turns slower")
 	flag.BoolVar(&c.json, "json", false, "print all turns as JSON instead of a table")
 	flag.Usage = usage

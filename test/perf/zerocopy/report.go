@@ -43,38 +43,37 @@ func measure(ctx context.Context, c config) (*results, error) {
 	return r, nil
 }
 
-// measureCase takes the turns of one path and size.
+// measureCase takes the turns of one path and size. The lock is held for a round, so that what is compared is as close together as can be.
 func (r *results) measureCase(ctx context.Context, l *lab, path string, size int) error {
 	var fastest float64
-	for _, m := range r.c.modes {
-		err := r.locked(func() error {
-			n, err := rate(&r.c, l, m, size)
-			fastest = max(fastest, n)
-			return err
-		})
-		if err != nil {
-			return fmt.Errorf("%s: %w", m.name, err)
-		}
-	}
-	for round := range r.c.pairs {
+	err := r.locked(func() error {
 		for _, m := range r.c.modes {
-			t := turn{Path: path, Mode: m.name, Size: size, Hot: r.c.hot, Round: round, Frames: uint64(fastest*r.c.seconds) + 1}
-			if err := r.takeQuiet(ctx, l, t, m); err != nil {
+			n, err := rate(&r.c, l, m, size)
+			if err != nil {
 				return fmt.Errorf("%s: %w", m.name, err)
 			}
+			fastest = max(fastest, n)
 		}
+		return nil
+	})
+	for round := 0; round < r.c.pairs && err == nil; round++ {
+		err = r.locked(func() error {
+			for _, m := range r.c.modes {
+				t := turn{Path: path, Mode: m.name, Size: size, Hot: r.c.hot, Round: round, Frames: uint64(fastest*r.c.seconds) + 1}
+				if err := r.takeQuiet(ctx, l, t, m); err != nil {
+					return fmt.Errorf("%s: %w", m.name, err)
+				}
+			}
+			return nil
+		})
 	}
-	return nil
+	return err
 }
 
 // takeQuiet takes a turn, and again while it is noisy.
 func (r *results) takeQuiet(ctx context.Context, l *lab, t turn, m mode) error {
 	for tries := 0; ; tries++ {
-		var done turn
-		err := r.locked(func() (err error) {
-			done, err = take(ctx, &r.c, l, t, m)
-			return err
-		})
+		done, err := take(ctx, &r.c, l, t, m)
 		if err != nil {
 			return err
 		}

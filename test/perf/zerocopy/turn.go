@@ -27,11 +27,13 @@ import (
 type mode struct {
 	name    string
 	options string // for --net, with a comma before each
+	binary  string // of vhostd; "" is -vhostd
 }
 
 func parseMode(s string) mode {
-	policy, extra, found := strings.Cut(s, "+")
-	m := mode{s, ",zerocopy=" + policy}
+	what, binary, _ := strings.Cut(s, "@")
+	policy, extra, found := strings.Cut(what, "+")
+	m := mode{s, ",zerocopy=" + policy, binary}
 	if found {
 		m.options += "," + strings.ReplaceAll(extra, "+", ",")
 	}
@@ -100,7 +102,10 @@ func start(c *config, l *lab, m mode, size int) (r *rig, err error) {
 	if r.dir, err = os.MkdirTemp("", "vhostd-perf"); err != nil {
 		return r, err
 	}
-	binary, err := filepath.Abs(c.vhostd)
+	if m.binary == "" {
+		m.binary = c.vhostd
+	}
+	binary, err := filepath.Abs(m.binary)
 	if err != nil {
 		return r, err
 	}
@@ -273,7 +278,7 @@ func (r *rig) record(ctx context.Context, t turn) (stop func(), err error) {
 	if err := os.MkdirAll(r.c.record, 0o755); err != nil {
 		return nil, err
 	}
-	file := fmt.Sprintf("%s/%s-%d-%s-%d.data", r.c.record, t.Path, t.Size, t.Mode, t.Round)
+	file := fmt.Sprintf("%s/%s-%d-%s-%d.data", r.c.record, t.Path, t.Size, strings.ReplaceAll(t.Mode, "/", "_"), t.Round)
 	cmd := exec.CommandContext(ctx, "perf", "record", "-q", "-g", "-F", "1999", "-o", file, "-p", strconv.Itoa(r.back.Process.Pid))
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
