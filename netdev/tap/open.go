@@ -3,6 +3,7 @@ package tap
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -90,6 +91,19 @@ func (d *Device) setBatching(how Batching) error {
 	return nil
 }
 
+// busyWait is how long a tap may be held by a process that has ended: the kernel closes what an io_uring refers to a moment after a kill.
+const busyWait = 2 * time.Second
+
+// attach is TunSetIff, which waits for a predecessor's end.
+func attach(fd int, name string, flags uint16) (string, error) {
+	for deadline := time.Now().Add(busyWait); ; time.Sleep(10 * time.Millisecond) {
+		got, err := sys.TunSetIff(fd, name, flags)
+		if !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
+			return got, err
+		}
+	}
+}
+
 // openTap creates the tap called name, or attaches to it, with n queues.
 func openTap(name string, n int) (*Device, error) {
 	flags := uint16(sys.TunTap | sys.TunNoPI | sys.TunVnetHdr)
@@ -104,7 +118,7 @@ func openTap(name string, n int) (*Device, error) {
 			return nil, err
 		}
 		d.queues = append(d.queues, newQueue(fd, hdrSize))
-		got, err := sys.TunSetIff(fd, name, flags)
+		got, err := attach(fd, name, flags)
 		if err != nil && n == 1 && isMultiQueue(name) {
 			// One queue of a tap that was made for several is fine.
 			flags |= sys.TunMultiQueue
