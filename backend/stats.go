@@ -135,6 +135,7 @@ func (q *queue) addTo(st *QueueStats) {
 	st.NotifyErrors += l.kickErrors + l.callErrors
 	if w := q.window; w != nil {
 		st.addWindow(&w.Stats)
+		st.MaxWaitNs = max(st.MaxWaitNs, w.LongestWait().Nanoseconds())
 	}
 	if p := q.posted; p != nil {
 		st.Frames += p.Stats.Frames
@@ -154,7 +155,6 @@ func (st *QueueStats) addWindow(w *zerocopy.WindowStats) {
 	st.Malformed += w.Malformed
 	st.GivenUp += w.GivenUp
 	st.MaxPending = max(st.MaxPending, w.MaxPending)
-	st.MaxWaitNs = max(st.MaxWaitNs, w.MaxWait.Nanoseconds())
 }
 
 func (st *QueueStats) outcome(name string, n uint64) {

@@ -460,4 +460,19 @@ func TestContract14Counters(t *testing.T) {
 	if w.Stats.MaxWait < 2*time.Millisecond {
 		t.Errorf("the used ring waited %v for slot 0", w.Stats.MaxWait)
 	}
+	// A wait counts while it lasts, and when it ends with the Window.
+	had := w.LongestWait()
+	for deadline := time.Now().Add(20 * time.Second); w.LongestWait() <= had; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("the used ring has waited 20 s for slot 2, the longest wait is %v", w.LongestWait())
+		}
+	}
+	had = w.LongestWait()
+	w.Close()
+	if w.Stats.MaxWait < had || w.LongestWait() != w.Stats.MaxWait {
+		t.Errorf("the longest wait is %v after Close, was %v", w.Stats.MaxWait, had)
+	}
+	for _, b := range b[2:] {
+		b.Release(ZeroCopied)
+	}
 }

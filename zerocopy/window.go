@@ -61,7 +61,7 @@ type WindowStats struct {
 	Malformed  uint64              // chains that carried no frame
 	GivenUp    uint64              // used elements written while the device still held the pages
 	MaxPending int                 // most slots taken at once
-	MaxWait    time.Duration       // longest time that the used ring waited for one slot
+	MaxWait    time.Duration       // longest time that the used ring waited for one slot, which has come; see LongestWait
 }
 
 // Window keeps the order of a transmitq's used ring; see the package comment. All methods are the worker's own; the release of a
@@ -256,8 +256,16 @@ func (w *Window) block() {
 }
 
 func (w *Window) unblock() {
-	w.Stats.MaxWait = max(w.Stats.MaxWait, time.Since(w.blockedSince))
+	w.Stats.MaxWait = w.LongestWait()
 	w.blocked = 0
+}
+
+// LongestWait is the longest time that the used ring has waited for one slot, the one that it waits for now included.
+func (w *Window) LongestWait() time.Duration {
+	if w.blocked == 0 {
+		return w.Stats.MaxWait
+	}
+	return max(w.Stats.MaxWait, time.Since(w.blockedSince))
 }
 
 // SetTable says that the ring's View looks into a new memory table from now on. The old one stays pinned for as long as a slot taken
@@ -335,6 +343,9 @@ func (w *Window) Close() (givenUp int) {
 			continue
 		}
 		givenUp++
+		if w.blocked != 0 {
+			w.unblock()
+		}
 		w.tail++
 		w.ring.Put(s.chain.Head, 0)
 	}
