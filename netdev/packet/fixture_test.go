@@ -2,7 +2,6 @@ package packet
 
 import (
 	"encoding/binary"
-	"net"
 	"os"
 	"runtime"
 	"testing"
@@ -66,6 +65,7 @@ func makeVeth(t testing.TB) {
 	must(t, netlink.LinkSetUp(linkByName(t, devName)))
 	must(t, netlink.LinkSetUp(linkByName(t, farName)))
 	awaitRunning(t, devName)
+	awaitRunning(t, farName)
 }
 
 // awaitRunning waits until the interface has its carrier: what is sent before goes nowhere.
@@ -221,11 +221,14 @@ func (g *guest) recv() (virtio.NetHdr, []byte) {
 func poll(t testing.TB, fd int, events int16, limit time.Duration) bool {
 	t.Helper()
 	fds := []unix.PollFd{{Fd: int32(fd), Events: events}}
-	n, err := unix.Poll(fds, int(limit.Milliseconds()))
-	if err != nil && err != unix.EINTR {
-		t.Fatal(err)
+	for end := time.Now().Add(limit); ; {
+		n, err := unix.Poll(fds, int(max(time.Until(end), 0).Milliseconds()))
+		if err == unix.EINTR {
+			continue
+		}
+		must(t, err)
+		return n > 0
 	}
-	return n > 0
 }
 
 // sent is a batch of frames, with what became of them.
@@ -238,5 +241,3 @@ func (s *sent) add(hdr virtio.NetHdr, frags ...[]byte) {
 	u := zerocopy.Ubuf{Callback: func(_ *zerocopy.Ubuf, o zerocopy.Outcome) { s.outcomes = append(s.outcomes, o) }}
 	s.bufs = append(s.bufs, zerocopy.NewUbufBuffer(u, hdr, frags...))
 }
-
-var farMAC = net.HardwareAddr{0x52, 0x54, 0, 9, 8, 7}

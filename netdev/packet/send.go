@@ -139,6 +139,11 @@ func (s *sender) flush() bool {
 	for s.pending > 0 {
 		errno := sys.PacketKick(s.q.fd)
 		moved := s.advance()
+		if errno == unix.ENETDOWN {
+			// It is told once more when all is well again.
+			errno = sys.PacketKick(s.q.fd)
+			moved = s.advance() || moved
+		}
 		switch errno {
 		case 0:
 			if !moved {
