@@ -42,7 +42,8 @@ type Device interface {
 	SetPairs(n int) error
 	// Queue returns queue pair i.
 	Queue(i int) Queue
-	// Close frees the device. Every buffer that it took has been released when Close returns. No worker uses it any more.
+	// Close frees the device. Every buffer that it took has been released when Close returns, but for those that a HeldError counts. No worker uses it
+	// any more.
 	Close() error
 }
 

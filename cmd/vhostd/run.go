@@ -16,6 +16,7 @@ import (
 
 	"github.com/vhostd/vhostd/backend"
 	"github.com/vhostd/vhostd/internal/control"
+	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/vhostuser"
 )
 
@@ -80,7 +81,7 @@ func serve(s settings, stdout io.Writer, log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, dev.Close()) }()
+	defer func() { err = errors.Join(err, closeDevice(dev, log)) }()
 	be, err := backend.New(backend.Options{
 		Device: dev, MAC: s.mac, MTU: s.mtu, Log: log, Poll: s.poll, MaxPairs: s.queues, Disable: s.disable,
 	})
@@ -105,6 +106,18 @@ func serve(s settings, stdout io.Writer, log *slog.Logger) (err error) {
 	notify(log, daemon.SdNotifyReady)
 	defer notify(log, daemon.SdNotifyStopping)
 	return be.Serve(ctx, announcing{src, log})
+}
+
+// closeDevice closes the device. Frames that the kernel still holds are no failure: their pages are the kernel's to keep until they have left, whether this
+// process lives or not.
+func closeDevice(dev netdev.Device, log *slog.Logger) error {
+	err := dev.Close()
+	var held *netdev.HeldError
+	if errors.As(err, &held) {
+		log.Warn("ending with frames in the kernel, which will leave all the same", "frames", held.Frames, "waited", held.Waited)
+		return nil
+	}
+	return err
 }
 
 // openDoors opens the ways to ask the daemon about itself: the control socket, and metrics if they are asked for.

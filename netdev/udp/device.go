@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -151,15 +150,8 @@ func (d *Device) SetPairs(n int) error {
 	return nil
 }
 
-// HeldError says that the kernel still refers to the pages of frames, so that these cannot be given back yet. They are when it lets go.
-type HeldError struct {
-	Frames int
-	Waited time.Duration
-}
-
-func (e *HeldError) Error() string {
-	return fmt.Sprintf("after %v the kernel still refers to the pages of %d frames: they stay pinned", e.Waited, e.Frames)
-}
+// HeldError is what Close returns when the kernel does not let go of frames in time.
+type HeldError = netdev.HeldError
 
 // Close implements netdev.Device, but for frames that the kernel does not let go of in time, for which the error is a HeldError.
 func (d *Device) Close() error {
@@ -172,7 +164,7 @@ func (d *Device) Close() error {
 		held, refused := s.flights.close(d.opts.Drain)
 		s.dropped.Add(refused)
 		if held > 0 {
-			err = fmt.Errorf("%s: %w", d, &HeldError{held, d.opts.Drain})
+			err = fmt.Errorf("%s: %w", d, &HeldError{Frames: held, Waited: d.opts.Drain})
 		}
 	}
 	return errors.Join(err, d.closeSockets())
