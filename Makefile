@@ -14,7 +14,7 @@ export CGO_ENABLED = 0
 PACKAGES = $$($(GO) list ./... | grep -v '/test/vm$$')
 stage = @printf '\n== %s  %s\n' "$$(date +%T)"
 
-.PHONY: all build demo test lint cross unit vm race bench bench-once soak-order setup clean
+.PHONY: all build demo test lint cross unit vm vm-packed race bench bench-once soak-order setup clean
 
 all: build
 
@@ -68,6 +68,11 @@ soak-order:
 vm:
 	$(stage) "tests with virtual machines"
 	$(GO) test -count=1 -v -timeout 15m ./test/vm
+
+# The same with packed rings in every guest.
+vm-packed:
+	$(stage) "tests with virtual machines, packed rings"
+	VMTEST_PACKED=1 $(GO) test -count=1 -v -timeout 20m ./test/vm
 
 clean:
 	rm -rf bin .cache

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -18,6 +19,7 @@ import (
 	"github.com/vhostd/vhostd/test/vm/machine"
 	"github.com/vhostd/vhostd/test/vm/netlab"
 	"github.com/vhostd/vhostd/test/vm/rpc"
+	"github.com/vhostd/vhostd/virtio"
 )
 
 // part is what package require knows these tests by.
@@ -65,6 +67,17 @@ var program = sync.OnceValues(func() (string, error) {
 
 // qemuBackend tells that the guest's network is QEMU's own, and vhostd is left out.
 func qemuBackend() bool { return os.Getenv("VMTEST_BACKEND") == "qemu" }
+
+// packedRings tells that every guest is to have packed rings.
+func packedRings() bool { return os.Getenv("VMTEST_PACKED") != "" }
+
+// needSplit skips what packed rings cannot show, and says why.
+func needSplit(t *testing.T, why string) {
+	t.Helper()
+	if packedRings() {
+		t.Skip("skipped with VMTEST_PACKED: " + why)
+	}
+}
 
 // needVhostd skips what QEMU's own back-end cannot show.
 func needVhostd(t *testing.T) {
@@ -164,8 +177,12 @@ func (r *rig) startMachine() {
 	}
 	ctx, cancel := context.WithTimeout(r.ctx, time.Minute)
 	defer cancel()
+	opts := r.mopts
+	if packedRings() && !slices.Contains(opts.DeviceProps, "packed=on") {
+		opts.DeviceProps = append([]string{"packed=on"}, opts.DeviceProps...)
+	}
 	start := func() (err error) {
-		r.vm, err = machine.Start(ctx, r.mopts)
+		r.vm, err = machine.Start(ctx, opts)
 		return err
 	}
 	r.boots = 0
@@ -186,6 +203,9 @@ func (r *rig) waitBoot() {
 	h, err := r.vm.WaitBoot(ctx, r.boots)
 	must(r.t, err)
 	r.logf("guest is up (Linux %s, boot %d) after %.1f s", h.Kernel, r.boots, time.Since(start).Seconds())
+	if packedRings() && !qemuBackend() {
+		r.features(virtio.FRingPacked, 0)
+	}
 }
 
 func (r *rig) logf(format string, args ...any) {
