@@ -7,6 +7,7 @@ import (
 
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/netdev/null"
+	"github.com/vhostd/vhostd/netdev/pair"
 	"github.com/vhostd/vhostd/netdev/tap"
 	"github.com/vhostd/vhostd/netdev/udp"
 	"github.com/vhostd/vhostd/netdev/user"
@@ -26,7 +27,7 @@ type kind struct {
 var kinds = []kind{
 	{"user", "user[,hostfwd=...][,mtu=BYTES][,restrict=on]...", "a network of its own behind the host's sockets, which needs no privilege (the default)", false, openUser},
 	{"tap", "tap[:NAME][,bridge=BR][,mtu=BYTES][,fd=N][,macvtap=DEV]...", "an interface of the host, made if there is none", false, openTap},
-	{"null", "null[,generate=on][,size=BYTES][,count=N][,readheaders=on]", "no network: drops, and makes frames if asked to, for measurements", false, openNull},
+	{"null", "null[,generate=on][,size=BYTES][,count=N][,readheaders=on][,echo=on]", "no network: drops frames, makes them, or returns a copy of each, for measurements", false, openNull},
 	{"vxlan", "vxlan:vni=N,remote=ADDR[;ADDR...][,local=ADDR][,port=N][,zerocopy=auto|on|off]...", "a VXLAN tunnel to other hosts, large frames from the guest's pages", true, openUDP},
 	{"geneve", "geneve:vni=N,remote=ADDR[;ADDR...][,local=ADDR][,port=N]...", "a Geneve tunnel to other hosts", true, openUDP},
 	{"dgram", "dgram:local=ADDR:PORT,remote=ADDR:PORT...", "Ethernet frames in UDP datagrams, as QEMU's -netdev dgram has them", true, openUDP},
@@ -139,6 +140,7 @@ func openUDP(spec string, s *settings) (netdev.Device, error) {
 
 func openNull(spec string, s *settings) (netdev.Device, error) {
 	o := null.Options{Pairs: s.queues}
+	var echo bool
 	for part := range strings.SplitSeq(strings.TrimLeft(strings.TrimPrefix(spec, "null"), ":,"), ",") {
 		key, value, _ := strings.Cut(part, "=")
 		var err error
@@ -148,16 +150,24 @@ func openNull(spec string, s *settings) (netdev.Device, error) {
 			o.Generate, err = onOff(value)
 		case "readheaders":
 			o.ReadHeaders, err = onOff(value)
+		case "echo":
+			echo, err = onOff(value)
 		case "size":
 			o.Size, err = strconv.Atoi(value)
 		case "count":
 			o.Count, err = strconv.ParseUint(value, 10, 64)
 		default:
-			err = fmt.Errorf("unknown option, known are generate, size, count and readheaders")
+			err = fmt.Errorf("unknown option, known are generate, size, count, readheaders and echo")
 		}
 		if err != nil {
 			return nil, usagef("--net %q: %s: %w", spec, part, err)
 		}
+	}
+	if echo {
+		if o != (null.Options{Pairs: s.queues}) {
+			return nil, usagef("--net %q: echo=on goes with no other option: all frames come from the guest, and their headers are read", spec)
+		}
+		return pair.NewLoop(pair.Options{Pairs: s.queues})
 	}
 	d, err := null.New(o)
 	if err != nil {

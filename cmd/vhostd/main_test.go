@@ -196,7 +196,8 @@ func TestUsage(t *testing.T) {
 		"run --socket-path s --net foo": `unknown kind "foo", known are user, tap, null, vxlan, geneve, dgram`,
 		"run --socket-path s --net vxlan:remote=10.0.0.2":                                 "vni=N is missing",
 		"run --socket-path s --queues 2 --net dgram:local=127.0.0.1:1,remote=127.0.0.1:2": "dgram has one queue pair",
-		"run --socket-path s --net null,x":                                                "known are generate, size, count and readheaders",
+		"run --socket-path s --net null,x":                                                "known are generate, size, count, readheaders and echo",
+		"run --socket-path s --net null,echo=on,size=100":                                 "echo=on goes with no other option",
 		"run --socket-path s --net null,size=9":                                           "must be 14 to",
 		"run --socket-path s --net null,generate=x":                                       "want on or off",
 		"run --socket-path s --net tap:a,sing=1":                                          `unknown key "sing"`,
@@ -224,6 +225,17 @@ func TestUsage(t *testing.T) {
 		"run --socket-path s --pprof":                                                     "--pprof needs --metrics",
 		"stats":                                                                           "--socket-path",
 		"stats --socket-path s --interval 1us":                                            "--interval",
+		"bench":                                                                           "--socket-path is needed",
+		"bench --socket-path s --ring round":                                              `--ring "round": want split or packed`,
+		"bench --socket-path s --size 100":                                                "queue size 100, must be a power of two",
+		"bench --socket-path s --mrg-rxbuf maybe":                                         "--mrg-rxbuf \"maybe\": want on or off",
+		"bench --socket-path s --event-idx 1":                                             "--event-idx \"1\": want on or off",
+		"bench --socket-path s --frame 64,x":                                              `--frame "64,x": "x" is no length in bytes`,
+		"bench --socket-path s --memory disk":                                             "want memfd or hugetlb",
+		"bench --socket-path s --cold 5T":                                                 "up to 64G",
+		"bench --socket-path s --cold 65G":                                                "up to 64G",
+		"bench --socket-path s --window 4":                                                "--window is for --direction echo",
+		"bench --socket-path s --indirect":                                                "at least 2 descriptors",
 		"doctor me":                                                                       "takes options only",
 		"man":                                                                             "--dir is needed",
 	} {
@@ -264,6 +276,7 @@ func TestFailures(t *testing.T) {
 		"descriptor no sock": {[]string{"run", "--net", "null", "--fd", "1"}, "descriptor 1 is not a socket"},
 		"too many queues":    {[]string{"run", "--net", "user", "--queues", "99", "--socket-path", free}, "99 queue pairs"},
 		"tiny MTU":           {[]string{"run", "--net", "null", "--mtu", "20", "--socket-path", free}, "MTU 20, must be 68 to 65535"},
+		"bench of nobody":    {[]string{"bench", "--socket-path", free}, "no back-end listens on " + free},
 		"stats of nobody":    {[]string{"stats", "--socket-path", free}, "is vhostd running"},
 		"man to nowhere":     {[]string{"man", "--dir", free}, "no such file"},
 	} {
@@ -320,7 +333,7 @@ func TestMan(t *testing.T) {
 	if got := command(t, "man", "--dir", dir); got.code != 0 {
 		t.Fatalf("%+v", got)
 	}
-	for page, want := range map[string]string{"vhostd.1": ".TH", "vhostd-run.1": "socket-path", "vhostd-stats.1": "watch", "vhostd-doctor.1": "json"} {
+	for page, want := range map[string]string{"vhostd.1": ".TH", "vhostd-run.1": "socket-path", "vhostd-stats.1": "watch", "vhostd-doctor.1": "json", "vhostd-bench.1": "processor"} {
 		if b, err := os.ReadFile(filepath.Join(dir, page)); err != nil || !bytes.Contains(b, []byte(want)) {
 			t.Errorf("%s: %v, want %q in it", page, err, want)
 		}

@@ -1,4 +1,5 @@
-// Package pair is two devices back to back in one process: what one takes in Send comes out of the other's Recv.
+// Package pair is two devices back to back in one process: what one takes in Send comes out of the other's Recv. Or it is one device that is
+// its own other side (NewLoop), and returns what it gets.
 //
 // # Theory of operation
 //
@@ -51,8 +52,28 @@ type Device struct {
 
 // New makes the two ends.
 func New(o Options) (a, b *Device, err error) {
+	a, b = &Device{name: "a"}, &Device{name: "b"}
+	a.peer, b.peer = b, a
+	if err := connect(o, a, b); err != nil {
+		return nil, nil, err
+	}
+	return a, b, nil
+}
+
+// NewLoop makes a device whose other side is itself: a queue pair's Recv returns what its Send took, in order.
+func NewLoop(o Options) (*Device, error) {
+	d := &Device{name: "loop"}
+	d.peer = d
+	if err := connect(o, d); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// connect makes the links from each of ends to its peer, and the queues.
+func connect(o Options, ends ...*Device) error {
 	if o.Pairs < 0 || o.Slots < 0 {
-		return nil, nil, fmt.Errorf("%d queue pairs of %d slots", o.Pairs, o.Slots)
+		return fmt.Errorf("%d queue pairs of %d slots", o.Pairs, o.Slots)
 	}
 	if o.Pairs == 0 {
 		o.Pairs = 1
@@ -60,27 +81,27 @@ func New(o Options) (a, b *Device, err error) {
 	if o.Slots == 0 {
 		o.Slots = 256
 	}
-	a, b = &Device{o: o, name: "a"}, &Device{o: o, name: "b"}
-	a.peer, b.peer = b, a
-	for range o.Pairs {
-		for _, d := range []*Device{a, b} {
-			l, err := newLink(o)
-			if err != nil {
-				_ = a.Close()
-				_ = b.Close()
-				return nil, nil, err
-			}
-			d.out = append(d.out, l)
-			d.peer.in = append(d.peer.in, l)
-		}
-	}
-	for _, d := range []*Device{a, b} {
+	for _, d := range ends {
+		d.o = o
 		d.queues = make([]queue, o.Pairs)
 		for i := range d.queues {
 			d.queues[i] = queue{d: d, index: i}
 		}
 	}
-	return a, b, nil
+	for range o.Pairs {
+		for _, d := range ends {
+			l, err := newLink(o)
+			if err != nil {
+				for _, end := range ends {
+					_ = end.Close()
+				}
+				return err
+			}
+			d.out = append(d.out, l)
+			d.peer.in = append(d.peer.in, l)
+		}
+	}
+	return nil
 }
 
 // Capabilities implements netdev.Device.

@@ -40,6 +40,25 @@ func TestDevice(t *testing.T) {
 	}
 }
 
+// TestLoop: the far end of a loop is the device itself.
+func TestLoop(t *testing.T) {
+	for _, o := range []pair.Options{{}, {Hold: true, Slots: 65}, {Pairs: 2}} {
+		t.Run(fmt.Sprintf("%+v", o), func(t *testing.T) {
+			netdevtest.Run(t, func(t *testing.T) netdevtest.Harness {
+				d, err := pair.NewLoop(o)
+				if err != nil {
+					t.Fatal(err)
+				}
+				peer := netdevtest.NewPeer(t, d)
+				return netdevtest.Harness{Device: d, MaxFrame: virtio.MaxFrame, Capture: peer.Capture, Inject: peer.Inject, Lossless: true}
+			})
+		})
+	}
+	if _, err := pair.NewLoop(pair.Options{Pairs: -1}); err == nil {
+		t.Error("-1 queue pairs are accepted")
+	}
+}
+
 // outcomes makes n buffers that tell what became of them.
 func outcomes(n int) (bufs []*zerocopy.Buffer, got *[]zerocopy.Outcome) {
 	got = new([]zerocopy.Outcome)
