@@ -166,3 +166,88 @@ func TestWithoutIOUring(t *testing.T) {
 		must(t, d.Close())
 	}
 }
+
+// TestManySockets: frames of many flows leave through many sockets, in batches, and all of them are heard of, called or not.
+func TestManySockets(t *testing.T) {
+	eachEngine(t, func(t *testing.T, engine string) {
+		_, d := toSink(t, engine+",zerocopy=on,ports=16,zerocopy-pending=300")
+		s, q := newSent(), d.Queue(0)
+		const rounds, n = 50, 64
+		for round := range rounds {
+			var batch []*zerocopy.Buffer
+			for i := range n {
+				frame := netdevtest.Frame(2000, uint32(i))
+				frame[11] = byte(i * round)
+				batch = append(batch, s.buffer(frame))
+			}
+			for len(batch) > 0 {
+				batch = batch[q.Send(batch):]
+				q.Reap()
+			}
+		}
+		outcomes := map[zerocopy.Outcome]int{}
+		for range rounds * n {
+			outcomes[s.next(t)]++
+		}
+		if st := d.Stats(); outcomes[zerocopy.Dropped] != 0 || outcomes[zerocopy.ZeroCopied] < rounds*n/2 || st.InFlight != 0 || st.Most > 300 {
+			t.Errorf("released as %v, %+v", outcomes, st)
+		}
+	})
+}
+
+// TestLockedMemoryLimit: without CAP_IPC_LOCK RLIMIT_MEMLOCK bounds what is in flight. Above it frames are copied; where not one fits the throttle
+// ends the attempts.
+func TestLockedMemoryLimit(t *testing.T) {
+	r := newRig(t, msg)
+	defer r.close()
+	r.fill()
+	var old unix.Rlimit
+	must(t, unix.Prlimit(0, unix.RLIMIT_MEMLOCK, nil, &old))
+	defer func() { must(t, unix.Prlimit(0, unix.RLIMIT_MEMLOCK, &old, nil)) }()
+	limit := func(pages uint64) {
+		must(t, unix.Prlimit(0, unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: pages << 12, Max: old.Max}, nil))
+	}
+	outcomes := map[zerocopy.Outcome]int{}
+	send := func(n int) {
+		must(t, r.enter(r.here, func() error {
+			if err := dropLockedMemory(); err != nil {
+				return err
+			}
+			for range n {
+				r.send(netdevtest.Frame(big, 1))
+			}
+			return nil
+		}))
+	}
+	limit(20)
+	send(10)
+	for range 10 - r.dev.Stats().InFlight {
+		outcomes[r.next(t)]++
+	}
+	if st := r.dev.Stats(); st.InFlight == 0 || st.InFlight > 5 || st.Limited != uint64(10-st.InFlight) || st.Pauses != 0 {
+		t.Errorf("20 pages may be locked: %+v, released as %v", st, outcomes)
+	}
+	r.purge("v0")
+	for r.dev.Stats().InFlight > 0 {
+		r.next(t)
+	}
+	limit(0)
+	send(300)
+	for range 300 {
+		outcomes[r.next(t)]++
+	}
+	if st := r.dev.Stats(); st.Pauses == 0 || st.Limited > 200 || outcomes[zerocopy.Dropped] != 0 || outcomes[zerocopy.CopiedFallback] == 0 {
+		t.Errorf("no memory may be locked: %+v, released as %v", st, outcomes)
+	}
+}
+
+// dropLockedMemory takes CAP_IPC_LOCK from the calling thread.
+func dropLockedMemory() error {
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&hdr, &data[0]); err != nil {
+		return err
+	}
+	data[0].Effective &^= 1 << unix.CAP_IPC_LOCK
+	return unix.Capset(&hdr, &data[0])
+}
