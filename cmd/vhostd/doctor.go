@@ -61,7 +61,7 @@ Nothing is changed. Run it as the user who is to run vhostd. The exit code is 1 
 // checks are made in this order: what every guest needs, what devices need, what makes it fast.
 var checks = []func() []finding{
 	checkKernel, checkMemfd, checkFiles, checkQEMU, checkKVM,
-	checkPing, checkTap,
+	checkPing, checkTap, checkPacket,
 	checkLockedMemory, checkHugePages, checkIOURing, checkZeroCopySend, checkXDP,
 }
 

@@ -7,6 +7,7 @@ import (
 
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/netdev/null"
+	"github.com/vhostd/vhostd/netdev/packet"
 	"github.com/vhostd/vhostd/netdev/pair"
 	"github.com/vhostd/vhostd/netdev/tap"
 	"github.com/vhostd/vhostd/netdev/udp"
@@ -27,6 +28,7 @@ type kind struct {
 var kinds = []kind{
 	{"user", "user[,hostfwd=...][,mtu=BYTES][,restrict=on]...", "a network of its own behind the host's sockets, which needs no privilege (the default)", false, openUser},
 	{"tap", "tap[:NAME][,bridge=BR][,mtu=BYTES][,fd=N][,macvtap=DEV]...", "an interface of the host, made if there is none", false, openTap},
+	{"packet", "packet:NAME[,queues=N][,fanout=hash|cpu|qm][,mtu=BYTES][,promisc=off]...", "an interface of the host that is there, such as a network card", false, openPacket},
 	{"null", "null[,generate=on][,size=BYTES][,count=N][,readheaders=on][,echo=on]", "no network: drops frames, makes them, or returns a copy of each, for measurements", false, openNull},
 	{"vxlan", "vxlan:vni=N,remote=ADDR[;ADDR...][,local=ADDR][,port=N][,zerocopy=auto|on|off]...", "a VXLAN tunnel to other hosts, large frames from the guest's pages", true, openUDP},
 	{"geneve", "geneve:vni=N,remote=ADDR[;ADDR...][,local=ADDR][,port=N]...", "a Geneve tunnel to other hosts", true, openUDP},
@@ -118,6 +120,25 @@ func openTap(spec string, s *settings) (netdev.Device, error) {
 		o.MTU = s.mtu
 	}
 	return tap.Open(o)
+}
+
+// openPacket lets the options of --net have the last word over --mtu.
+func openPacket(spec string, s *settings) (netdev.Device, error) {
+	o, err := packet.ParseOptions(spec)
+	if err != nil {
+		return nil, &usageError{err}
+	}
+	switch {
+	case s.queues == 0 || o.Queues == s.queues:
+	case o.Queues != 0:
+		return nil, usagef("--queues %d contradicts --net %q, which has %d", s.queues, spec, o.Queues)
+	default:
+		o.Queues = s.queues
+	}
+	if o.MTU == 0 {
+		o.MTU = s.mtu
+	}
+	return packet.Open(o)
 }
 
 // openUDP lets the options of --net have the last word over --mtu. A tunnel has one queue pair.
