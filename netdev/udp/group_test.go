@@ -133,3 +133,20 @@ func TestGroupAndPeers(t *testing.T) {
 		t.Errorf("%d frames went to several peers", n)
 	}
 }
+
+// TestGroupByPage: what goes to a group leaves once, and so without a copy.
+func TestGroupByPage(t *testing.T) {
+	eachEngine(t, func(t *testing.T, engine string) {
+		l := newLab(t, 1500)
+		l.sink()
+		d := l.device("vxlan:vni=42,remote=239.1.1.1,dev=i0,zerocopy=on" + engine)
+		defer func() { must(t, d.Close()) }()
+		s := newSent()
+		for i := range 10 {
+			if d.Queue(0).Send([]*zerocopy.Buffer{s.buffer(netdevtest.Frame(big, uint32(i)))}) != 1 {
+				t.Fatal("not taken")
+			}
+			s.want(t, zerocopy.ZeroCopied)
+		}
+	})
+}
