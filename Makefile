@@ -62,8 +62,9 @@ bench:
 
 # Not in CI, which runs the same test with fewer frames.
 soak-order:
-	$(stage) "10 million frames each over four kinds of ring, completed out of order"
-	$(GO) test -count=1 -v -timeout 30m -run 'TestTenMillion' ./backend -frames 10000000
+	$(stage) "10 million frames over each of four kinds of ring, a million through the kernel, completed out of order"
+	$(GO) test -count=1 -v -timeout 30m -run TestTenMillion ./backend -frames 10000000
+	$(GO) test -count=1 -v -timeout 30m -run TestOrderThroughTheKernel ./netdev/udp -frames 1000000
 
 vm:
 	$(stage) "tests with virtual machines"
