@@ -43,7 +43,7 @@ const (
 	roomSize = 16 << 20
 )
 
-func newStation(t *testing.T, l *lab) *station {
+func newStation(t *testing.T, l *lab, engine string) *station {
 	mine := *l
 	mine.TB = t
 	s := &station{lab: &mine, far: &far{TB: t}}
@@ -60,7 +60,10 @@ func newStation(t *testing.T, l *lab) *station {
 	must(t, err)
 	must(t, raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20) }))
 	must(t, err)
-	s.dev = s.device(fmt.Sprintf("dgram:local=%s:7000,remote=%s:7000", hereIP, thereIP))
+	o, err := udp.ParseOptions(fmt.Sprintf("dgram:local=%s:7000,remote=%s:7000,zerocopy-min=4096", hereIP, thereIP) + engine)
+	must(t, err)
+	o.Drain = 100 * time.Millisecond
+	s.in(s.here, func() error { s.dev, err = udp.Open(o); return err })
 	t.Cleanup(func() { must(t, s.dev.Close()) })
 	s.be, err = backend.New(backend.Options{Device: s.dev, DrainTimeout: 50 * time.Millisecond})
 	must(t, err)
@@ -295,20 +298,22 @@ func (s *station) hangup() {
 
 // TestLifetime has everything happen that ends a ring or moves memory, while the kernel holds frames in every way that it can.
 func TestLifetime(t *testing.T) {
-	for _, st := range states {
-		t.Run(st.name, func(t *testing.T) {
-			l := newLab(t, 65535)
-			for _, e := range events {
-				t.Run(e.name, func(t *testing.T) {
-					vhosttest.NoLeaks(t)
-					s := newStation(t, l)
-					t.Cleanup(func() { _ = s.try("tc -n " + s.here + " qdisc delete dev v0 root") })
-					st.hold(s)
-					s.goesThrough(e, st)
-				})
-			}
-		})
-	}
+	eachEngine(t, func(t *testing.T, engine string) {
+		for _, st := range states {
+			t.Run(st.name, func(t *testing.T) {
+				l := newLab(t, 65535)
+				for _, e := range events {
+					t.Run(e.name, func(t *testing.T) {
+						vhosttest.NoLeaks(t)
+						s := newStation(t, l, engine)
+						t.Cleanup(func() { _ = s.try("tc -n " + s.here + " qdisc delete dev v0 root") })
+						st.hold(s)
+						s.goesThrough(e, st)
+					})
+				}
+			})
+		}
+	})
 }
 
 func (s *station) goesThrough(e event, st state) {
@@ -367,21 +372,23 @@ func (s *station) finish(next *vhosttest.Guest) {
 
 // TestCloseUnderGuest: the device is closed with frames in the kernel whose guest has gone.
 func TestCloseUnderGuest(t *testing.T) {
-	for _, st := range states {
-		t.Run(st.name, func(t *testing.T) {
-			l := newLab(t, 65535)
-			vhosttest.NoLeaks(t)
-			s := newStation(t, l)
-			st.hold(s)
-			s.hangup()
-			var held *udp.HeldError
-			err := s.dev.Close()
-			if s.done == nil && (!errors.As(err, &held) || s.chains >= 0 && held.Frames != s.chains || s.room.Mappings(s) != 1) {
-				t.Errorf("Close: %v, %d mappings", err, s.room.Mappings(s))
-			}
-			st.open(s)
-			s.inFlight(0)
-			vhosttest.Eventually(t, "memory unmapped", func() bool { return s.room.Mappings(s) == 0 })
-		})
-	}
+	eachEngine(t, func(t *testing.T, engine string) {
+		for _, st := range states {
+			t.Run(st.name, func(t *testing.T) {
+				l := newLab(t, 65535)
+				vhosttest.NoLeaks(t)
+				s := newStation(t, l, engine)
+				st.hold(s)
+				s.hangup()
+				err := s.dev.Close()
+				var held *udp.HeldError
+				if s.done == nil && (!errors.As(err, &held) || s.chains >= 0 && held.Frames != s.chains || s.room.Mappings(s) != 1) {
+					t.Errorf("Close: %v, %d mappings", err, s.room.Mappings(s))
+				}
+				st.open(s)
+				s.inFlight(0)
+				vhosttest.Eventually(t, "memory unmapped", func() bool { return s.room.Mappings(s) == 0 })
+			})
+		}
+	})
 }
