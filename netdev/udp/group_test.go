@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 	"testing"
 
 	"github.com/vhostd/vhostd/internal/require"
 	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/netdev/netdevtest"
+	"github.com/vhostd/vhostd/netdev/udp"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
 )
@@ -29,6 +31,7 @@ func TestKernelGroup(t *testing.T) {
 	for _, c := range []struct{ name, group, options string }{
 		{"local", "239.1.1.1", ",local=" + hereIP},
 		{"dev", "239.1.1.1", ",dev=v0"},
+		{"route", "239.1.1.1", ""},
 		{"both", "239.1.1.1", ",zerocopy=on,ttl=4,dev=v0,local=" + hereIP},
 		{"link-local", "224.0.0.77", ",local=" + hereIP},
 		{"IPv6", "ff15::42", ",dev=v0"},
@@ -38,6 +41,9 @@ func TestKernelGroup(t *testing.T) {
 			l := newLab(t, 20000)
 			if netip.MustParseAddr(c.group).Is6() {
 				l.v6()
+			}
+			if c.options == "" {
+				l.run("ip -n " + l.here + " route add 239.0.0.0/8 dev v0")
 			}
 			l.groupPeer(c.group, 16000)
 			netdevtest.Run(t, func(t *testing.T) netdevtest.Harness {
@@ -149,4 +155,21 @@ func TestGroupByPage(t *testing.T) {
 			s.want(t, zerocopy.ZeroCopied)
 		}
 	})
+}
+
+// TestGroupNowhere: what a group lacks is said.
+func TestGroupNowhere(t *testing.T) {
+	l := newLab(t, 1500)
+	for options, want := range map[string]string{
+		"remote=239.1.1.1": "no route", "remote=239.1.1.1,mtu=1400": "name one with dev=", "remote=239.1.1.1,dev=v9": "is there such an interface",
+	} {
+		o, err := udp.ParseOptions("vxlan:vni=42," + options)
+		must(t, err)
+		must(t, l.enter(l.here, func() error {
+			if d, err := udp.Open(o); err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %v, %v, want %q", options, d, err, want)
+			}
+			return nil
+		}))
+	}
 }
