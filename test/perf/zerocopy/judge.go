@@ -42,8 +42,8 @@ func (t *turn) count(from, to reading) {
 	}
 }
 
-// prove checks that the mode did what it says.
-func (t *turn) prove(m mode, before, after backend.QueueStats) {
+// prove checks that the mode did what it says. With a capture on the path nothing can be said of a mode that is not off.
+func (t *turn) prove(m mode, before, after backend.QueueStats, capture bool) {
 	t.Outcomes = map[string]uint64{}
 	var all uint64
 	for o, n := range after.Outcomes {
@@ -52,8 +52,10 @@ func (t *turn) prove(m mode, before, after backend.QueueStats) {
 			all += n
 		}
 	}
-	t.MaxPending = after.MaxPending
-	t.Unproven = t.doubt(m, all)
+	t.MaxPending, t.MaxWaitNs = after.MaxPending, after.MaxWaitNs
+	if m.off() || !capture {
+		t.Unproven = t.doubt(m, all)
+	}
 }
 
 // doubt says why a turn is not what its mode says; "" if it is. A frame that lost its way between two readings of a counter would be one in a thousand.

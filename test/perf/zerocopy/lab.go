@@ -3,13 +3,18 @@
 package main
 
 import (
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"slices"
 	"strings"
+
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 // Addresses that vhostd sends to, and of the ends in between.
@@ -58,16 +63,17 @@ const (
 type lab struct {
 	here, there string
 	local, sink string
+	capture     int // packet socket at the ifb; -1: none
 }
 
-// layPath makes the namespaces and what is in them.
-func layPath(path string) (l *lab, err error) {
+// layPath makes the namespaces and what is in them. The ifb has a queueing discipline, unless that is "", and a capture if asked for.
+func layPath(path, qdisc string, capture bool) (l *lab, err error) {
 	e, ok := ends[path]
 	if !ok {
 		return nil, fmt.Errorf("-paths: no path %q, known are %s", path, strings.Join(pathNames(), ", "))
 	}
 	name := fmt.Sprintf("vhostd-perf-%d", os.Getpid())
-	l = &lab{here: name + "-a", there: name + "-b", local: e.local}
+	l = &lab{here: name + "-a", there: name + "-b", local: e.local, capture: -1}
 	l.sink = l.fill(e.sink)
 	defer func() {
 		if err != nil {
@@ -81,12 +87,41 @@ func layPath(path string) (l *lab, err error) {
 		}
 	}
 	steps = append(steps, "ip -n "+e.sink+" link add sink mtu 65535 type ifb", "ip -n "+e.sink+" link set sink up")
-	for _, step := range slices.Concat(steps, e.lay) {
+	steps = slices.Concat(steps, e.lay)
+	if qdisc != "" {
+		steps = append(steps, "tc -n "+e.sink+" qdisc replace dev sink root "+qdisc)
+	}
+	for _, step := range steps {
 		if err := run(l.fill(step)); err != nil {
 			return l, err
 		}
 	}
-	return l, nil
+	if capture {
+		err = l.listen()
+	}
+	return l, err
+}
+
+// listen opens a packet socket at the ifb, which nobody reads: what is captured is dropped, after the kernel has copied it.
+func (l *lab) listen() error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // for good: the thread ends with the goroutine
+		ns, err := netns.GetFromName(l.sink)
+		if err == nil {
+			defer ns.Close()
+			err = netns.Set(ns)
+		}
+		if err == nil {
+			all := binary.NativeEndian.Uint16([]byte{0, unix.ETH_P_ALL}) // in network order
+			l.capture, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, int(all))
+		}
+		done <- err
+	}()
+	if err := <-done; err != nil {
+		return fmt.Errorf("capture at the ifb: %w", err)
+	}
+	return nil
 }
 
 func pathNames() (names []string) {
@@ -102,6 +137,9 @@ func (l *lab) fill(command string) string {
 }
 
 func (l *lab) close() {
+	if l.capture >= 0 {
+		_ = unix.Close(l.capture)
+	}
 	_ = run("ip netns del " + l.here)
 	_ = run("ip netns del " + l.there)
 }

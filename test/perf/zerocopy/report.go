@@ -28,7 +28,7 @@ type results struct {
 func measure(ctx context.Context, c config) (*results, error) {
 	r := &results{c: c}
 	for _, path := range c.paths {
-		l, err := layPath(path)
+		l, err := layPath(path, c.qdisc, c.capture)
 		if err != nil {
 			return r, err
 		}
@@ -141,6 +141,8 @@ type line struct {
 	CopiedAnyway    float64
 	BusyNsPerFrame  float64 // the cross-check
 	KthreadsPerCent float64 // of the figure, beside it
+	MaxPending      float64 // frames in the device's hands at most
+	MaxWaitMs       float64 // longest wait of the used ring for one of them
 	Rounds, Noisy   int
 	Unproven        string `json:",omitempty"`
 }
@@ -151,7 +153,9 @@ func (r *results) lines() (all []line) {
 		for _, size := range r.c.sizes {
 			base := r.of(path, size, r.c.modes[0])
 			for _, m := range r.c.modes {
-				all = append(all, sum(r.of(path, size, m), base))
+				if turns := r.of(path, size, m); len(turns) > 0 { // none: it was broken off
+					all = append(all, sum(turns, base))
+				}
 			}
 		}
 	}
@@ -195,6 +199,8 @@ func sum(turns, base []turn) line {
 	l.CopiedAnyway = over(func(t *turn) float64 { return t.share(zerocopy.CopiedAnyway) })
 	l.BusyNsPerFrame = over(func(t *turn) float64 { return float64(t.BusyNs) / float64(t.Frames) })
 	l.KthreadsPerCent = over(func(t *turn) float64 { return 100 * float64(t.KthreadsNs) / float64(t.CPUNs) })
+	l.MaxPending = over(func(t *turn) float64 { return float64(t.MaxPending) })
+	l.MaxWaitMs = over(func(t *turn) float64 { return float64(t.MaxWaitNs) / 1e6 })
 	return l
 }
 
@@ -217,15 +223,15 @@ func (r *results) print(w io.Writer, asJSON bool) error {
 		}{strings.Join(os.Args[1:], " "), r.lines(), r.Turns})
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 1, ' ', 0)
-	fmt.Fprintln(t, "| path\t| bytes\t| mode\t| ratio\t| min - max\t| ns/frame\t| ns/KiB\t| Gbit/s\t| zero-copy\t| busy ns/frame\t| kthreads\t| noisy\t|")
-	fmt.Fprintln(t, "|---\t|---\t|---\t|---\t|---\t|---\t|---\t|---\t|---\t|---\t|---\t|---\t|")
+	fmt.Fprintln(t, "| path\t| bytes\t| mode\t| ratio\t| min - max\t| ns/frame\t| ns/KiB\t| Gbit/s\t| zero-copy\t| busy ns/frame\t| kthreads\t| pending\t| wait ms\t| noisy\t|")
+	fmt.Fprintln(t, "|---\t|---\t|---\t|---\t|---\t|---\t|---\t|---\t|---\t|---\t|---\t|---\t|---\t|---\t|")
 	for _, l := range r.lines() {
 		name := l.Path
 		if l.Hot {
 			name += ", hot"
 		}
-		fmt.Fprintf(t, "| %s\t| %d\t| %s\t| %.2f\t| %.2f - %.2f\t| %.0f\t| %.0f\t| %.1f\t| %.1f %%\t| %.0f\t| %.1f %%\t| %d of %d\t|", name, l.Size, l.Mode,
-			l.Ratio, l.Min, l.Max, l.NsPerFrame, l.NsPerKiB, l.GbitPerS, 100*l.ZeroCopied, l.BusyNsPerFrame, l.KthreadsPerCent, l.Noisy, l.Rounds)
+		fmt.Fprintf(t, "| %s\t| %d\t| %s\t| %.2f\t| %.2f - %.2f\t| %.0f\t| %.0f\t| %.1f\t| %.1f %%\t| %.0f\t| %.1f %%\t| %.0f\t| %.2f\t| %d of %d\t|", name, l.Size, l.Mode,
+			l.Ratio, l.Min, l.Max, l.NsPerFrame, l.NsPerKiB, l.GbitPerS, 100*l.ZeroCopied, l.BusyNsPerFrame, l.KthreadsPerCent, l.MaxPending, l.MaxWaitMs, l.Noisy, l.Rounds)
 		if l.Unproven != "" {
 			fmt.Fprintf(t, " NOT AS IT SHOULD BE: %s", l.Unproven)
 		}

@@ -57,6 +57,7 @@ type turn struct {
 
 	Outcomes   map[string]uint64
 	MaxPending int
+	MaxWaitNs  int64
 	Kicks      uint64
 	Arrived    uint64 // frames at the path's end
 
@@ -266,7 +267,7 @@ func take(ctx context.Context, c *config, l *lab, t turn, m mode) (turn, error) 
 		return t, err
 	}
 	t.Arrived -= arrived
-	t.prove(m, before, after)
+	t.prove(m, before, after, c.capture)
 	return t, ctx.Err()
 }
 
