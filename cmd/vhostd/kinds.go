@@ -156,6 +156,7 @@ func openUDP(spec string, s *settings) (netdev.Device, error) {
 	if o.ZeroCopy == netdev.Auto {
 		o.ZeroCopy = s.policy
 	}
+	o.NoBalloon = o.NoBalloon || s.flags.noBalloon
 	return udp.Open(o)
 }
 

@@ -20,6 +20,8 @@ type flight struct {
 	buf     *zerocopy.Buffer // nil: free
 	refused bool             // it was not sent, though the kernel still refers to its pages
 	page    []byte           // see sender.fit; nil until it is needed
+	// registered: its pages are held by their registration too
+	registered bool
 }
 
 // flights are the frames whose pages the kernel refers to. The transmitq's worker adds them; they are ended by the worker or by watch.
@@ -34,6 +36,7 @@ type flights struct {
 	turns    uint64 // calls of launch and turn: a sign that the worker is awake
 	most     int    // frames at once
 	notified [2]uint64
+	fixed    uint64 // from registered memory
 	limited  uint64 // copied because the kernel takes no more, see errorQueueEngine
 	lost     uint64 // refused elsewhere than in the worker's turns, not yet in its count
 
@@ -102,6 +105,11 @@ func (f *flights) launch(p *pageSends) (refused uint64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.turns++
+	for i, slot := range p.slots {
+		if f.slots[slot].registered = p.chunks[i] >= 0; p.chunks[i] >= 0 {
+			f.fixed++
+		}
+	}
 	refused = f.engine.send(f, p)
 	if f.out.Load() > 0 {
 		select {
@@ -221,6 +229,7 @@ type FlightStats struct {
 	ByPage, ByCopy uint64 // the kernel's reports: sent from the pages, or copied after all
 	InFlight, Most int    // frames in the kernel's hands, now and at most
 	Pauses, Probes uint64 // of the throttle
+	Registered     uint64 // frames that left from registered memory
 	Limited        uint64 // frames copied because of net.core.optmem_max or RLIMIT_MEMLOCK, which bind MSG_ZEROCOPY
 }
 
@@ -230,5 +239,6 @@ func (f *flights) stats() FlightStats {
 	return FlightStats{
 		ByPage: f.notified[byPage], ByCopy: f.notified[byCopy], InFlight: int(f.out.Load()), Most: f.most,
 		Pauses: f.throttle.Pauses, Probes: f.throttle.Probes, Limited: f.limited,
+		Registered: f.fixed,
 	}
 }

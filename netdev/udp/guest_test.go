@@ -38,6 +38,7 @@ func heldGuest(t *testing.T, engine string) (*rig, *vhosttest.Guest, *backend.Ba
 // TestGuestIsHeld: a sleeping worker and a quiet guest get their chains back when the kernel lets go.
 func TestGuestIsHeld(t *testing.T) {
 	eachEngine(t, testGuestIsHeld)
+	t.Run("registered", func(t *testing.T) { testGuestIsHeld(t, ",no-balloon=on") })
 }
 
 func testGuestIsHeld(t *testing.T, engine string) {
@@ -56,6 +57,7 @@ func testGuestIsHeld(t *testing.T, engine string) {
 // mapped until the kernel has let go.
 func TestStopWithFramesHeld(t *testing.T) {
 	eachEngine(t, testStopWithFramesHeld)
+	t.Run("registered", func(t *testing.T) { testStopWithFramesHeld(t, ",no-balloon=on") })
 }
 
 func testStopWithFramesHeld(t *testing.T, engine string) {

@@ -20,7 +20,9 @@ const (
 	// of memory that is in no cache, and 8 KiB of memory that is.
 	DefaultZeroCopyMin = 4096
 	// DefaultMsgZeroCopyMin is the same for MSG_ZEROCOPY: 5 KiB of cold memory, and 9 to 32 KiB of warm memory.
-	DefaultMsgZeroCopyMin  = 8192
+	DefaultMsgZeroCopyMin = 8192
+	// DefaultRegisteredMin is the same for memory that is registered.
+	DefaultRegisteredMin   = 1536
 	DefaultZeroCopyPending = 256
 	DefaultPorts           = 8
 	DefaultDrain           = time.Second
@@ -50,6 +52,9 @@ type Options struct {
 	ZeroCopyMin     int           // bytes; 0 is the engine's default. With On there is no least
 	ZeroCopyPending int           // frames in the kernel's hands at most; 0 is DefaultZeroCopyPending
 	Drain           time.Duration // that Close waits for the kernel at most; 0 is DefaultDrain
+	// NoBalloon says that nobody takes pages away from the guest (no balloon, free page reporting or virtio-mem), so that its memory may
+	// be registered: see netdev.Registrar.
+	NoBalloon bool
 }
 
 // keys are the options in a string, in the order in which they are listed to people.
@@ -71,6 +76,7 @@ var keys = []struct {
 	{"zerocopy-min", "BYTES", all, func(o *Options, v string) (err error) { o.ZeroCopyMin, err = number(v, 1, 65535); return }},
 	{"zerocopy-pending", "N", all, func(o *Options, v string) (err error) { o.ZeroCopyPending, err = number(v, 1, maxPending); return }},
 	{"zerocopy-engine", "auto|io_uring|msg_zerocopy", all, parseEngine},
+	{"no-balloon", "on|off", all, func(o *Options, v string) (err error) { o.NoBalloon, err = onOff(v); return }},
 }
 
 var (
@@ -275,12 +281,17 @@ func parsePort(o *Options, v string) error {
 	return err
 }
 
-func parseLearning(o *Options, v string) error {
+func onOff(v string) (bool, error) {
 	if v != "on" && v != "off" {
-		return errors.New("want on or off")
+		return false, errors.New("want on or off")
 	}
-	o.NoLearn = v == "off"
-	return nil
+	return v == "on", nil
+}
+
+func parseLearning(o *Options, v string) error {
+	on, err := onOff(v)
+	o.NoLearn = !on && err == nil
+	return err
 }
 
 func parsePolicy(o *Options, v string) (err error) {

@@ -26,7 +26,7 @@ func newRingEngine(pending int) (*ringEngine, error) {
 func (e *ringEngine) send(f *flights, p *pageSends) (refused uint64) {
 	for i := 0; i < p.msgs.Len(); {
 		first := i
-		for ; i < p.msgs.Len() && e.ring.SendmsgZC(p.fds[i], p.msgs.Header(i), uint64(p.slots[i])); i++ {
+		for ; i < p.msgs.Len() && e.queue(p, i); i++ {
 		}
 		// The ring's own failure (memory) is the end of the frames that it did not take: they were not sent.
 		if lost, err := e.ring.Submit(); err != nil {
@@ -38,6 +38,14 @@ func (e *ringEngine) send(f *flights, p *pageSends) (refused uint64) {
 		refused += e.reap(f)
 	}
 	return refused
+}
+
+// queue puts datagram i into the ring, if there is room.
+func (e *ringEngine) queue(p *pageSends, i int) bool {
+	if p.chunks[i] < 0 {
+		return e.ring.SendmsgZC(p.fds[i], p.msgs.Header(i), uint64(p.slots[i]))
+	}
+	return e.ring.SendmsgZCFixed(p.fds[i], p.msgs.Header(i), p.chunks[i], uint64(p.slots[i]))
 }
 
 func (e *ringEngine) poke() { e.ring.Poke() }

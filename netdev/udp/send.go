@@ -29,6 +29,9 @@ type sender struct {
 	socks   []outSocket
 	flights *flights // nil: all frames are copied
 
+	registered    *registered // nil: no memory is
+	minRegistered int         // bytes from which a frame of registered memory goes without a copy
+
 	head   [headLen]byte
 	known  [1]sys.Sockaddr
 	now    time.Time // of the batch
@@ -57,35 +60,61 @@ func (q *queue) Send(bufs []*zerocopy.Buffer) int {
 	return n
 }
 
+// plan is how a frame is to leave.
+type plan struct {
+	outcome zerocopy.Outcome // ZeroCopied, or why it is copied
+	chunk   int              // of registered memory that its pages lie in, or -1
+	frags   int              // pages that its datagram refers to
+	pull    int              // bytes of the frame that join the tunnel header in private memory
+}
+
 // admit queues a frame. It reports false when the frame's socket has no room.
 func (s *sender) admit(b *zerocopy.Buffer) bool {
 	head := s.head[:b.CopyTo(s.head[:], 0)]
 	peers := s.route(head)
 	sock := &s.socks[flowHash(head)%uint32(len(s.socks))]
-	o := s.choose(b, len(peers))
+	p := s.choose(b, len(peers))
 	need := (2*b.Len() + skbExtra) * len(peers)
-	pull := 0
-	if o == zerocopy.ZeroCopied {
-		var frags int
-		if frags, pull = s.fit(b); frags > maxFrags {
-			o = zerocopy.CopiedFallback
-		}
-		need = max(need, frags*sys.PageSize+skbExtra)
+	if p.outcome == zerocopy.ZeroCopied {
+		need = max(need, p.frags*sys.PageSize+skbExtra)
 	}
 	if !s.room(sock, need) {
 		s.full = sock.fd
 		return false
 	}
-	if o == zerocopy.ZeroCopied {
+	if p.outcome == zerocopy.ZeroCopied {
 		var slot int
-		if slot, o = s.flights.take(b); o == zerocopy.ZeroCopied {
+		if slot, p.outcome = s.flights.take(b); p.outcome == zerocopy.ZeroCopied {
 			s.sendCopies()
-			s.pages.add(sock.fd, slot, s.datagram(b, slot, pull), &peers[0], b, pull)
+			s.send(b, slot, sock, &peers[0], p)
 			return true
 		}
 	}
-	s.copy(b, sock, peers, o)
+	s.copy(b, sock, peers, p.outcome)
 	return true
+}
+
+// send queues a frame to leave without a copy.
+func (s *sender) send(b *zerocopy.Buffer, slot int, sock *outSocket, peer *sys.Sockaddr, p plan) {
+	r := s.registered
+	if p.chunk >= 0 && p.pull > 0 && r.page(p.chunk, slot) == nil {
+		p.chunk = -1
+	}
+	if p.chunk < 0 {
+		r = nil
+	}
+	s.pages.begin(sock.fd, slot, p.chunk, peer)
+	s.pages.msgs.Add(s.before(b, slot, p))
+	skip := p.pull
+	for _, seg := range b.Segs() {
+		n := min(skip, len(seg.Mem))
+		skip -= n
+		mem := seg.Mem[n:]
+		if r != nil && len(mem) > 0 {
+			mem = r.again(p.chunk, mem)
+		}
+		s.pages.msgs.Add(mem)
+	}
 }
 
 // room reports whether sock has room for n bytes, so that the kernel will not refuse a frame that was queued. The kernel is asked only when what is
@@ -115,28 +144,48 @@ func (s *sender) route(head []byte) []sys.Sockaddr {
 }
 
 // choose says how a frame is to leave as far as that depends on the frame.
-func (s *sender) choose(b *zerocopy.Buffer, peers int) zerocopy.Outcome {
+func (s *sender) choose(b *zerocopy.Buffer, peers int) plan {
 	switch {
 	case s.flights == nil:
-		return zerocopy.Copied
-	case b.Len() < s.min:
-		return zerocopy.CopiedSmall
+		return plan{outcome: zerocopy.Copied}
+	case b.Len() < s.min && (s.registered == nil || b.Len() < s.minRegistered):
+		return plan{outcome: zerocopy.CopiedSmall}
 	case peers > 1:
-		return zerocopy.CopiedFallback
+		return plan{outcome: zerocopy.CopiedFallback}
 	}
-	return zerocopy.ZeroCopied
+	if s.registered != nil {
+		if chunk, before, ok := s.registered.find(b); ok {
+			if frags, pull := s.fit(b, before); frags <= maxFrags {
+				return plan{zerocopy.ZeroCopied, chunk, frags, pull}
+			}
+		}
+		if b.Len() < s.min {
+			return plan{outcome: zerocopy.CopiedSmall}
+		}
+	}
+	frags, pull := s.fit(b, 0)
+	if frags > maxFrags {
+		return plan{outcome: zerocopy.CopiedFallback}
+	}
+	return plan{zerocopy.ZeroCopied, -1, frags, pull}
 }
 
-// fit counts the pages that a frame's datagram refers to. Where they are too many, up to a page of the frame's first bytes joins the tunnel header in
-// private memory: pull says how many bytes.
-func (s *sender) fit(b *zerocopy.Buffer) (frags, pull int) {
+// fit counts the pages that a frame's datagram refers to, when its first pull bytes join the tunnel header in private memory. Where they are too
+// many, up to a page of bytes in all does: then pull is larger.
+func (s *sender) fit(b *zerocopy.Buffer, atLeast int) (frags, pull int) {
 	segs := b.Segs()
+	frags, pull = 1, atLeast // the tunnel header's, or what is pulled
+	skip := atLeast
 	for i := range segs {
-		frags += (sys.PageOffset(segs[i].Mem) + len(segs[i].Mem) + sys.PageSize - 1) / sys.PageSize
+		n := min(skip, len(segs[i].Mem))
+		skip -= n
+		frags += pagesOf(segs[i].Mem[n:])
 	}
-	frags++ // the tunnel header's, or what is pulled
+	skip = atLeast
 	for i := 0; i < len(segs) && frags > maxFrags; i++ {
-		for rest := segs[i].Mem; len(rest) > 0 && frags > maxFrags; frags-- {
+		n := min(skip, len(segs[i].Mem))
+		skip -= n
+		for rest := segs[i].Mem[n:]; len(rest) > 0 && frags > maxFrags; frags-- {
 			n := min(len(rest), sys.PageSize-sys.PageOffset(rest))
 			if len(s.tunnel)+pull+n > sys.PageSize {
 				return math.MaxInt16, 0
@@ -148,14 +197,30 @@ func (s *sender) fit(b *zerocopy.Buffer) (frags, pull int) {
 	return frags, pull
 }
 
-// datagram is what comes before the pages: the tunnel header, and the frame's first bytes where they were pulled.
-func (s *sender) datagram(b *zerocopy.Buffer, slot, pull int) []byte {
-	if pull == 0 {
-		return s.tunnel
+// pagesOf is the number of pages that b lies in.
+func pagesOf(b []byte) int {
+	if len(b) == 0 {
+		return 0
 	}
-	page := s.flights.page(slot)
+	return (sys.PageOffset(b) + len(b) + sys.PageSize - 1) / sys.PageSize
+}
+
+// before is what comes before the pages: the tunnel header, and the frame's first bytes where they are pulled.
+func (s *sender) before(b *zerocopy.Buffer, slot int, p plan) []byte {
+	switch {
+	case p.pull == 0 && p.chunk < 0:
+		return s.tunnel
+	case p.pull == 0:
+		return s.registered.header(p.chunk)
+	}
+	var page []byte
+	if p.chunk < 0 {
+		page = s.flights.page(slot)
+	} else {
+		page = s.registered.page(p.chunk, slot)
+	}
 	n := copy(page, s.tunnel)
-	return page[:n+b.CopyTo(page[n:n+pull], 0)]
+	return page[:n+b.CopyTo(page[n:n+p.pull], 0)]
 }
 
 // copy queues a frame to be copied by sendmmsg, once for every peer.
@@ -243,24 +308,19 @@ func (q *queue) SendFD() int { return q.send.full }
 
 // pageSends are frames that are about to leave without a copy.
 type pageSends struct {
-	msgs  sys.Msgs
-	fds   []int // by datagram
-	slots []int // by datagram
+	msgs   sys.Msgs
+	fds    []int // by datagram
+	slots  []int // by datagram
+	chunks []int // by datagram: the registered buffer that all of it lies in, or -1
 }
 
 func (p *pageSends) reset() {
 	p.msgs.Reset()
-	p.fds, p.slots = p.fds[:0], p.slots[:0]
+	p.fds, p.slots, p.chunks = p.fds[:0], p.slots[:0], p.chunks[:0]
 }
 
-// add queues a frame, without its first skip bytes, behind before.
-func (p *pageSends) add(fd, slot int, before []byte, to *sys.Sockaddr, b *zerocopy.Buffer, skip int) {
+// begin starts another datagram, without a piece yet.
+func (p *pageSends) begin(fd, slot, chunk int, to *sys.Sockaddr) {
 	p.msgs.Begin(to)
-	p.fds, p.slots = append(p.fds, fd), append(p.slots, slot)
-	p.msgs.Add(before)
-	for _, s := range b.Segs() {
-		n := min(skip, len(s.Mem))
-		skip -= n
-		p.msgs.Add(s.Mem[n:])
-	}
+	p.fds, p.slots, p.chunks = append(p.fds, fd), append(p.slots, slot), append(p.chunks, chunk)
 }
