@@ -179,6 +179,9 @@ func (s *session) GetQueueNum() uint64 { return uint64(s.b.opts.MaxPairs) }
 
 // activate tells the device how many pairs are in use: those from the first on of which a ring is enabled. All queues are locked.
 func (s *session) activate() error {
+	for _, q := range s.queues {
+		q.quiet()
+	}
 	n := 1
 	for i := range s.b.opts.MaxPairs {
 		if s.queues[2*i].enabled || s.queues[2*i+1].enabled {

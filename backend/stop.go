@@ -6,6 +6,7 @@ import (
 
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/vhostuser"
+	"github.com/vhostd/vhostd/zerocopy"
 )
 
 // stopAll stops every queue of a session whose workers run.
@@ -46,6 +47,9 @@ func (q *queue) halt() bool {
 	q.signalWake()
 	<-q.done
 	q.mu.Lock()
+	if q.fault != nil {
+		q.takeBack(nil)
+	}
 	q.try(q.recall)
 	return true
 }
@@ -132,6 +136,24 @@ func (q *queue) recall() {
 		q.unsent = nil
 	}
 	if q.posted != nil {
+		q.takeBack(q.posted)
 		q.posted.GiveBack()
+	}
+}
+
+// takeBack has a device that writes into the guest's buffers behind Recv's back end that. p is nil when guest memory has gone.
+func (q *queue) takeBack(p *zerocopy.Posted) {
+	if b, ok := q.dev.(netdev.Borrower); ok && q.posted != nil {
+		b.Recall(p)
+	}
+}
+
+// quiet has nobody write into the buffers of a ring that is started and disabled.
+func (q *queue) quiet() {
+	if q.enabled || q.posted == nil || q.posted.Lent() == 0 {
+		return
+	}
+	if q.try(func() { q.takeBack(q.posted) }); q.fault != nil {
+		q.s.fail(q.fault)
 	}
 }

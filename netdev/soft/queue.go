@@ -131,6 +131,13 @@ func (q *queue) Orphan() {
 	}
 }
 
+// Recall implements netdev.Borrower for an inner Queue that does.
+func (q *queue) Recall(p *zerocopy.Posted) {
+	if b, ok := q.Queue.(netdev.Borrower); ok {
+		b.Recall(p)
+	}
+}
+
 // drop releases what waits.
 func (q *queue) drop() {
 	q.dropped.Add(uint64(len(q.waiting)))

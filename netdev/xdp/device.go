@@ -151,6 +151,25 @@ func (d *Device) Attached() string {
 	return where + ", " + how
 }
 
+// Stats are what a Device counts beside netdev.Counters.
+type Stats struct {
+	InPlace uint64 // frames that the kernel wrote into the guest's buffers itself
+	Unruly  uint64 // times that lending ended because the kernel did not keep the order
+	Sockets uint64 // that were opened, one for each queue of the interface and change of memory
+	TooLong uint64 // frames that the XDP program dropped because they are longer than the MTU allows
+}
+
+// Stats reads the counters; safe from any goroutine.
+func (d *Device) Stats() Stats {
+	s := Stats{TooLong: d.prog.dropped()}
+	for _, p := range d.ports {
+		s.InPlace += p.landed.Load()
+		s.Unruly += p.unruly.Load()
+		s.Sockets += p.opened.Load()
+	}
+	return s
+}
+
 // Queue implements netdev.Device.
 func (d *Device) Queue(i int) netdev.Queue { return d.pairs[i] }
 

@@ -37,9 +37,9 @@
 //
 // # Who does what
 //
-// A port's sending half is guarded by a mutex, which the transmitq's worker takes for a batch; a goroutine (port.tend) sees to frames in flight when the worker does
-// not: it reaps, tries again what a busy driver refused, and reopens. The receiving half is the receiveq worker's alone. A binding (socket, arena and what
-// hangs on them) is replaced only while that worker is not in Recv, or when there was none.
+// Each half of a port is guarded by a mutex, which its worker takes for a batch; a goroutine (port.tend) sees to frames in flight when the transmitq's worker
+// does not: it reaps, tries again what a busy driver or an interface that is down refused, and reopens. A binding (socket, arena and what hangs on them)
+// is closed with both halves locked. If chains were lent by it, the receiveq's worker notices in its next turn, and has them back.
 //
 // # What the kernel does not do for it
 //

@@ -117,7 +117,7 @@ func (l *lab) attached() bool {
 	l.Helper()
 	out, err := exec.Command("ip", "-n", l.here, "link", "show", "v0").CombinedOutput()
 	must(l, err)
-	return bytes.Contains(out, []byte("xdp"))
+	return bytes.Contains(out, []byte("prog/xdp"))
 }
 
 // wire is a packet socket at the peer's end.
@@ -200,4 +200,14 @@ func notReady(oob []byte) bool {
 		}
 	}
 	return false
+}
+
+// tryRecv is recv for any goroutine: no frame in time is no fault.
+func (w *wire) tryRecv(timeout time.Duration) ([]byte, bool) {
+	fds := []unix.PollFd{{Fd: int32(w.fd), Events: unix.POLLIN}}
+	if n, err := unix.Poll(fds, int(timeout.Milliseconds())); n != 1 || err != nil {
+		return nil, false
+	}
+	n, _, err := unix.Recvfrom(w.fd, w.buf[:], 0)
+	return w.buf[:max(n, 0)], err == nil
 }

@@ -7,18 +7,20 @@ import (
 
 // takeInPlace is take for frames that the kernel has written into the guest's buffers already.
 func (b *binding) takeInPlace(p *zerocopy.Posted, limit int) (n int, idle, disorder bool) {
-	b.reckon(p)
-	n, used, idle, disorder := b.landed(p, limit)
+	b.reckon(p, false)
+	n, used, idle, disorder := b.pickUp(p, limit)
 	if used > 0 {
 		b.sock.Rx.Release(used)
-		b.reckon(p)
+	}
+	if stalled := n < limit && !idle && !disorder; used > 0 || stalled {
+		b.reckon(p, stalled)
 	}
 	return n, idle, disorder
 }
 
-// landed gives the guest up to limit frames, from used entries of the Rx ring. Each entry belongs to the first of places. It reports disorder when that is
+// pickUp gives the guest up to limit frames, from used entries of the Rx ring. Each entry belongs to the first of places. It reports disorder when that is
 // not so: nothing more can be said then of who has which buffer.
-func (b *binding) landed(p *zerocopy.Posted, limit int) (n, used int, idle, disorder bool) {
+func (b *binding) pickUp(p *zerocopy.Posted, limit int) (n, used int, idle, disorder bool) {
 	rx := &b.sock.Rx
 	for n < limit {
 		if used == rx.Len() && used == rx.More() || used >= ringSize/2 {
@@ -58,6 +60,7 @@ func (b *binding) give(p *zerocopy.Posted, frame []byte, alone bool) zerocopy.Wr
 		p.WriteLent(r.frags)
 	case r.tied > 0:
 		p.UseLent(len(frame))
+		r.landed++
 	case !alone:
 		res = zerocopy.TooBig
 	default:
@@ -76,8 +79,9 @@ func (b *binding) give(p *zerocopy.Posted, frame []byte, alone bool) zerocopy.Wr
 	return res
 }
 
-// reckon borrows what the guest has posted, and gives the kernel places.
-func (b *binding) reckon(p *zerocopy.Posted) {
+// reckon borrows what the guest has posted, and gives the kernel places: as many as there are when the guest has stalled, because nobody looks here until
+// it goes on.
+func (b *binding) reckon(p *zerocopy.Posted, stalled bool) {
 	r := &b.recv
 	if r.first > ringSize {
 		r.places = append(r.places[:0], r.places[r.first:]...)
@@ -97,8 +101,12 @@ func (b *binding) reckon(p *zerocopy.Posted) {
 		}
 		r.tied++
 	}
-	if b.waiting() < lowWater {
-		for b.waiting() < topUp && len(r.idle) > 0 {
+	want := topUp
+	if stalled {
+		want = ringSize
+	}
+	if free := b.waiting() - b.sock.Rx.More(); free < lowWater || stalled {
+		for ; free < want && len(r.idle) > 0 && b.waiting() < ringSize; free++ {
 			b.addPlace(nil)
 		}
 	}
@@ -127,7 +135,7 @@ func (b *binding) addPlace(data []byte) {
 // handOver gives the guest the frames that have come, when no more will.
 func (b *binding) handOver(p *zerocopy.Posted) {
 	for {
-		n, used, _, _ := b.landed(p, ringSize)
+		n, used, _, _ := b.pickUp(p, ringSize)
 		b.sock.Rx.Release(used)
 		if n == 0 {
 			return

@@ -16,12 +16,16 @@ type pair struct {
 	port *port // to send through
 	room *sys.EventFD
 
-	ports []*port // to receive from
-	ready int     // epoll descriptor of their sockets
-	idles uint    // calls of Recv that found nothing
+	ports  []*port  // to receive from
+	ready  int      // epoll descriptor of their sockets
+	idles  uint     // calls of Recv that found nothing
+	lender *binding // of port, that Posted's chains are lent to, or nil
 }
 
-var _ netdev.Borrower = (*pair)(nil)
+var (
+	_ netdev.Borrower = (*pair)(nil)
+	_ netdev.Orphaner = (*pair)(nil)
+)
 
 func newPair() (*pair, error) {
 	ready, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
@@ -123,34 +127,63 @@ const errCheck = 256
 // Recv implements netdev.Queue.
 func (q *pair) Recv(p *zerocopy.Posted, limit int) (n int, idle bool, err error) {
 	idle = true
-	for i := 0; i < len(q.ports) && n < limit; i++ {
-		o := q.ports[i]
-		b := o.cur.Load()
-		switch {
-		case b == nil:
-			continue
-		case !b.recv.inPlace:
-			var m int
-			if m, idle = b.take(p, limit-n); !idle && m < limit-n {
-				return n + m, false, nil
-			}
-			n += m
-		case !o.lends.Load():
-			q.Recall(p)
-		default:
-			var disorder bool
-			n, idle, disorder = b.takeInPlace(p, limit)
-			if disorder {
-				o.lends.Store(false)
-				q.Recall(p)
-				return n, true, nil
-			}
-		}
+	for i := 0; i < len(q.ports) && n < limit && idle; i++ {
+		var m int
+		m, idle = q.ports[i].receive(q, p, limit-n)
+		n += m
 	}
 	if n == 0 && idle {
 		err = q.check()
 	}
 	return n, idle, err
+}
+
+// receive moves up to limit frames from the port to the guest. It is not idle when the guest has posted too little for the next.
+func (o *port) receive(q *pair, p *zerocopy.Posted, limit int) (n int, idle bool) {
+	n, idle, end := o.receiveLocked(q, p, limit)
+	if end {
+		if o.lends.CompareAndSwap(true, false) {
+			o.unruly.Add(1)
+		}
+		o.recall(lentBy(o.cur.Load(), q, p))
+		q.lender = nil
+		p.TakeBack()
+		idle = true
+	}
+	return n, idle
+}
+
+// receiveLocked is receive, but for the end of lending. Guest memory can fault in it.
+func (o *port) receiveLocked(q *pair, p *zerocopy.Posted, limit int) (n int, idle, end bool) {
+	o.receiving.Lock()
+	defer o.receiving.Unlock()
+	b := o.cur.Load()
+	if q.lender != nil && q.lender != b && o == q.port { // it has been closed: nobody writes there any more
+		q.lender = nil
+		p.TakeBack()
+	}
+	switch {
+	case b == nil:
+		return 0, true, false
+	case !b.recv.inPlace:
+		n, idle = b.take(p, limit)
+		return n, idle, false
+	case !o.lends.Load():
+		return 0, true, true
+	}
+	q.lender = b
+	n, idle, end = b.takeInPlace(p, limit)
+	o.landed.Add(b.recv.landed)
+	b.recv.landed = 0
+	return n, idle, end
+}
+
+// lentBy is p if its chains are lent by b, else nil: they were another pair's.
+func lentBy(b *binding, q *pair, p *zerocopy.Posted) *zerocopy.Posted {
+	if q.lender == b {
+		return p
+	}
+	return nil
 }
 
 // check looks, now and then, whether the interface is still there.
@@ -173,17 +206,22 @@ func (q *pair) check() error {
 // RecvFD implements netdev.Queue.
 func (q *pair) RecvFD() int { return q.ready }
 
-// Recall implements netdev.Borrower: sockets that may write into the guest's buffers are closed. They are opened again in the background.
+// Recall implements netdev.Borrower: a socket that may write into the guest's buffers is closed. It is opened again in the background.
 func (q *pair) Recall(p *zerocopy.Posted) {
-	for _, o := range q.ports {
-		if b := o.cur.Load(); b != nil && b.recv.inPlace && (b.recv.tied > 0 || !o.lends.Load()) {
-			o.recall(p)
-		}
+	if q.lender == nil {
+		return
 	}
+	if q.lender == q.port.cur.Load() {
+		q.port.recall(p)
+	}
+	q.lender = nil
 	if p != nil {
 		p.TakeBack()
 	}
 }
+
+// Orphan implements netdev.Orphaner: the kernel is made to forget frames that it has not sent, which takes closing the socket.
+func (q *pair) Orphan() { q.port.orphan() }
 
 // Counters implements netdev.Queue.
 func (q *pair) Counters() netdev.Counters {

@@ -24,7 +24,7 @@ type port struct {
 	dev   *Device
 	queue int // of the interface
 
-	// cur is the binding, or nil for none. It is stored under both locks, and not while a receiveq's worker is in Recv, except over nil.
+	// cur is the binding, or nil for none. It is stored with all locks held, a binding over nil without receiving.
 	cur atomic.Pointer[binding]
 
 	// lends: the kernel may write into the guest's buffers. Not so when owner looks at several ports, or after the kernel has used places in
@@ -34,6 +34,8 @@ type port struct {
 	control sync.Mutex // before mu: held by whoever replaces cur
 	owner   *pair      // whose Recv looks here
 	closed  bool
+
+	receiving sync.Mutex // after control, before mu: held for a call of Recv, which uses cur's receiving half
 
 	mu      sync.Mutex // held for a batch by whoever sends, and for every change of cur
 	turns   uint64     // calls of Send and Reap: a sign that the worker is awake
@@ -45,6 +47,9 @@ type port struct {
 	ended   chan struct{}
 	dropped atomic.Uint64 // frames that could not be sent
 	lost    atomic.Uint64 // frames that could not be received, of bindings that are gone as well
+	landed  atomic.Uint64 // frames that the kernel wrote into the guest's buffers itself
+	unruly  atomic.Uint64 // times that it used places in another order
+	opened  atomic.Uint64 // bindings
 	failed  atomic.Pointer[error]
 }
 
@@ -91,6 +96,22 @@ func (p *port) move(to *pair) error {
 	return errors.Join(from.unwatch(b.sock.FD()), to.watch(b.sock.FD()))
 }
 
+// orphan ends the binding if it refers to guests' pages. It is called by the transmitq's side.
+func (p *port) orphan() {
+	p.control.Lock()
+	defer p.control.Unlock()
+	p.mu.Lock()
+	b := p.cur.Load()
+	holds := b != nil && b.guest && b.send.pieces > 0
+	p.mu.Unlock()
+	if !holds {
+		return
+	}
+	if err := p.shut(time.Now(), nil); err != nil {
+		p.failed.Store(&err)
+	}
+}
+
 // recall ends the binding, and what is lent with it. It is called by the receiveq's side.
 func (p *port) recall(posted *zerocopy.Posted) {
 	p.control.Lock()
@@ -120,6 +141,7 @@ func (p *port) open(w way, regions [][]byte, deadline time.Time) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.cur.Store(b)
+	p.opened.Add(1)
 	p.unblock()
 	return nil
 }
@@ -135,28 +157,32 @@ func (p *port) connect(b *binding) error {
 
 // shut closes the binding, if there is one. Before, take is told that no more frames come, and may look at those that have. Frames in flight are
 // waited for until deadline. control is held.
-func (p *port) shut(deadline time.Time, take func(b *binding)) error {
+func (p *port) shut(deadline time.Time, take func(b *binding)) (err error) {
 	b := p.cur.Load()
 	if b == nil {
 		return nil
 	}
+	// Whatever happens: take touches guest memory, which can fault.
+	defer func() { err = errors.Join(err, b.close()) }()
 	var errs []error
 	if err := p.dev.prog.sockets.Delete(uint32(p.queue)); err != nil {
 		errs = append(errs, fmt.Errorf("queue %d: the XDP program's map of sockets: %w", p.queue, err))
 	}
 	// Before the socket is closed: somebody who polls could keep it open.
 	errs = append(errs, p.owner.unwatch(b.sock.FD()))
+	p.receiving.Lock()
 	p.mu.Lock()
 	p.cur.Store(nil)
 	p.block()
 	p.mu.Unlock()
+	p.receiving.Unlock()
 	b.drain(deadline)
 	if take != nil {
 		settle()
 		take(b)
 	}
 	p.lost.Add(b.lost())
-	return errors.Join(append(errs, b.close())...)
+	return errors.Join(errs...)
 }
 
 // membarrierGlobal is MEMBARRIER_CMD_GLOBAL of membarrier(2).

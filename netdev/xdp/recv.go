@@ -16,8 +16,8 @@ const (
 
 // Places that the kernel has to receive into, in port.reckon.
 const (
-	lowWater = 64  // with fewer, chunks are added that stand for no buffer of the guest's
-	topUp    = 256 // up to so many places
+	lowWater = 64  // with fewer that are free, chunks are added that stand for no buffer of the guest's
+	topUp    = 256 // until so many are
 )
 
 // receiving is the receiving half of a binding.
@@ -28,6 +28,7 @@ type receiving struct {
 	first   int      // of places
 	tied    int      // places from first on that have a chain
 	frags   [][]byte
+	landed  uint64 // frames that needed no copy, since they were last counted
 }
 
 // place is where one frame will be received.
