@@ -15,11 +15,12 @@ type waitSet struct {
 	kick     int  // -1: not waited for
 	pollKick bool // look again after a while
 	device   int  // -1: not waited for
+	reap     int  // tells of frames in flight; -1: not waited for
 	write    bool // device is waited for until it can be written, else read
 }
 
 // none waits for the control side only.
-func (w *waitSet) none() { *w = waitSet{kick: -1, device: -1} }
+func (w *waitSet) none() { *w = waitSet{kick: -1, device: -1, reap: -1} }
 
 // wait sleeps until something that the queue waits for happens.
 func (q *queue) wait() {
@@ -27,10 +28,11 @@ func (q *queue) wait() {
 	w := q.waits
 	q.live.waits++
 	q.mu.Unlock()
-	fds := [3]unix.PollFd{
+	fds := [4]unix.PollFd{
 		{Fd: int32(q.wake.FD()), Events: unix.POLLIN},
 		{Fd: int32(w.kick), Events: unix.POLLIN},
 		{Fd: int32(w.device), Events: unix.POLLIN},
+		{Fd: int32(w.reap), Events: unix.POLLIN},
 	}
 	if w.write {
 		fds[2].Events = unix.POLLOUT

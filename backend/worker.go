@@ -84,7 +84,7 @@ func (q *queue) turn(arm bool) (next step) {
 // transmit moves one batch from the guest to the device.
 func (q *queue) transmit(arm bool) step {
 	if q.settling() {
-		q.waits = waitSet{kick: -1, device: -1, pollKick: true}
+		q.waits = waitSet{kick: -1, device: -1, reap: -1, pollKick: true}
 		return wait
 	}
 	w := q.window
@@ -134,14 +134,17 @@ func (q *queue) settling() bool {
 
 // armTransmit asks for every notification that can end the wait, and looks once more.
 func (q *queue) armTransmit() step {
-	q.waits = waitSet{kick: q.kick, pollKick: q.kick < 0, device: -1}
+	q.waits = waitSet{kick: q.kick, pollKick: q.kick < 0, device: -1, reap: -1}
 	h, ok := q.dev.(netdev.Holder)
 	if len(q.unsent) > 0 || ok && h.Held() {
 		// The device is full: frames that come meanwhile are of no use yet.
-		q.waits = waitSet{kick: -1, device: q.dev.SendFD(), write: true}
+		q.waits = waitSet{kick: -1, device: q.dev.SendFD(), write: true, reap: -1}
 		q.waits.pollKick = q.waits.device < 0
 	} else if q.window.Pending() < q.ring.Size() && q.ring.EnableKick() {
 		return again
+	}
+	if c, ok := q.dev.(netdev.Completer); ok && q.window.Pending() > 0 {
+		q.waits.reap = c.CompletionFD()
 	}
 	q.window.Sleep()
 	if q.window.Reap() > 0 {
@@ -192,7 +195,7 @@ func (q *queue) receive(arm bool) step {
 	case !arm:
 		return idle
 	}
-	q.waits = waitSet{kick: -1, device: -1}
+	q.waits = waitSet{kick: -1, device: -1, reap: -1}
 	if empty && flushed {
 		q.waits.device = q.dev.RecvFD()
 		return wait

@@ -76,6 +76,11 @@ type Orphaner interface{ Orphan() }
 // for writing although every frame was taken, and Reap tries again. It is called from the transmitq's side.
 type Holder interface{ Held() bool }
 
+// Completer is a Queue whose device tells by a descriptor that frames in flight are done with. A transmitq's worker that sleeps while frames are in
+// flight polls CompletionFD for reading and calls Reap when it is readable; -1 is none. Frames come back without that too, only later: the
+// worker may have ended.
+type Completer interface{ CompletionFD() int }
+
 // Registrar is a Device that makes guest memory known to the kernel in advance (a UMEM, registered buffers). Such a hold outlasts what the VMM
 // does to the pages: after a balloon took one away, the kernel goes on with the old page. So a device does it only when its user said
 // that no page of the guest's is ever taken away, and copies, or has pages held for one frame at a time, when not.

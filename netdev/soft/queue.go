@@ -138,6 +138,14 @@ func (q *queue) Recall(p *zerocopy.Posted) {
 	}
 }
 
+// CompletionFD implements netdev.Completer for an inner Queue that does.
+func (q *queue) CompletionFD() int {
+	if c, ok := q.Queue.(netdev.Completer); ok {
+		return c.CompletionFD()
+	}
+	return -1
+}
+
 // drop releases what waits.
 func (q *queue) drop() {
 	q.dropped.Add(uint64(len(q.waiting)))

@@ -42,6 +42,8 @@ type engine interface {
 	poke()
 	// reap takes all that the kernel told, and returns how many frames turned out to be refused.
 	reap(f *flights) (refused uint64)
+	// fd is readable when the kernel has something to tell; -1: only wait knows.
+	fd() int
 	// wait returns when the kernel has something to tell, or stop is readable (-1: there is none), or a signal comes.
 	wait(stop int)
 	// close is called when no frame is in flight.

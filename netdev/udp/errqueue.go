@@ -14,9 +14,8 @@ import (
 // io_uring.
 type errorQueueEngine struct {
 	socks []*pageSocket
-	polls []unix.PollFd // one for each of socks, and one for what ends wait: wait's own
-	ready []unix.PollFd // reap's own
-	which []*pageSocket // by index of ready
+	epoll int               // readable while any of socks has something to tell
+	ready []unix.EpollEvent // reap's own
 	queue sys.ErrorQueue
 }
 
@@ -31,20 +30,34 @@ type pageSocket struct {
 
 // newErrorQueueEngine prepares sockets, which stay the caller's to close.
 func newErrorQueueEngine(fds []int) (*errorQueueEngine, error) {
-	e := &errorQueueEngine{}
-	for _, fd := range fds {
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ZEROCOPY, 1); err != nil {
-			return nil, errors.Join(fmt.Errorf("SO_ZEROCOPY, which needs Linux 5.0: %w", err), e.close())
-		}
-		errs, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
-		if err != nil {
-			return nil, errors.Join(fmt.Errorf("duplicating a socket: %w", err), e.close())
-		}
-		e.socks = append(e.socks, &pageSocket{fd: fd, errs: errs, slots: map[uint32]int{}})
-		e.polls = append(e.polls, unix.PollFd{Fd: int32(errs)}) // errors always count
+	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("epoll: %w", err)
 	}
-	e.polls = append(e.polls, unix.PollFd{Events: unix.POLLIN})
+	e := &errorQueueEngine{epoll: epoll, ready: make([]unix.EpollEvent, len(fds))}
+	for _, fd := range fds {
+		if err := e.add(fd); err != nil {
+			return nil, errors.Join(err, e.close())
+		}
+	}
 	return e, nil
+}
+
+// add prepares one socket.
+func (e *errorQueueEngine) add(fd int) error {
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ZEROCOPY, 1); err != nil {
+		return fmt.Errorf("SO_ZEROCOPY, which needs Linux 5.0: %w", err)
+	}
+	errs, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("duplicating a socket: %w", err)
+	}
+	e.socks = append(e.socks, &pageSocket{fd: fd, errs: errs, slots: map[uint32]int{}})
+	ev := unix.EpollEvent{Fd: int32(len(e.socks) - 1)} // errors always count
+	if err := unix.EpollCtl(e.epoll, unix.EPOLL_CTL_ADD, errs, &ev); err != nil {
+		return fmt.Errorf("epoll of a socket: %w", err)
+	}
+	return nil
 }
 
 func (e *errorQueueEngine) send(f *flights, p *pageSends) (refused uint64) {
@@ -128,21 +141,9 @@ func (e *errorQueueEngine) poke() {}
 
 // reap asks in one system call which sockets have something to tell.
 func (e *errorQueueEngine) reap(f *flights) uint64 {
-	e.ready, e.which = e.ready[:0], e.which[:0]
-	for _, s := range e.socks {
-		if len(s.slots) > 0 {
-			e.ready, e.which = append(e.ready, unix.PollFd{Fd: int32(s.errs)}), append(e.which, s)
-		}
-	}
-	if len(e.ready) > 1 {
-		if n, _ := unix.Poll(e.ready, 0); n <= 0 {
-			return 0
-		}
-	}
-	for i, s := range e.which {
-		if len(e.ready) == 1 || e.ready[i].Revents != 0 {
-			e.drain(f, s)
-		}
+	n, _ := unix.EpollWait(e.epoll, e.ready, 0) // an error, a signal's, leaves it for the next time
+	for i := range max(n, 0) {
+		e.drain(f, e.socks[e.ready[i].Fd])
 	}
 	return 0
 }
@@ -178,9 +179,11 @@ func (s *pageSocket) complete(c sys.Completions, done func(slot int)) {
 	}
 }
 
+func (e *errorQueueEngine) fd() int { return e.epoll }
+
 func (e *errorQueueEngine) wait(stop int) {
-	e.polls[len(e.socks)].Fd = int32(stop)
-	_, _ = unix.Poll(e.polls, -1)
+	fds := [2]unix.PollFd{{Fd: int32(e.epoll), Events: unix.POLLIN}, {Fd: int32(stop), Events: unix.POLLIN}}
+	_, _ = unix.Poll(fds[:], -1)
 }
 
 func (e *errorQueueEngine) close() error {
@@ -189,5 +192,5 @@ func (e *errorQueueEngine) close() error {
 		errs = append(errs, unix.Close(s.errs))
 	}
 	e.socks = nil
-	return errors.Join(errs...)
+	return errors.Join(append(errs, unix.Close(e.epoll))...)
 }

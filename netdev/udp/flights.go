@@ -11,9 +11,14 @@ import (
 	"github.com/vhostd/vhostd/zerocopy"
 )
 
-// watchNap is how long a completion is left to the worker before it is taken from elsewhere. It costs a busy worker a wake-up of another
-// thread in that time, and adds to the time that a sleeping worker's guest waits for its buffers.
-const watchNap = 250 * time.Microsecond
+// How long a completion is left to the worker before it is taken from elsewhere.
+const (
+	// longNap is for an engine whose descriptor a sleeping worker polls: nobody is left but a worker that has ended.
+	longNap = 10 * time.Millisecond
+	// shortNap is for one without. It costs a busy worker a wake-up of another thread in that time, and adds to the time that a sleeping
+	// worker's guest waits for its buffers.
+	shortNap = 250 * time.Microsecond
+)
 
 // flight is a frame whose pages the kernel refers to.
 type flight struct {
@@ -159,7 +164,7 @@ func (f *flights) end(slot int, o zerocopy.Outcome) {
 func (f *flights) watch() {
 	defer close(f.ended)
 	for range f.start {
-		for f.look() {
+		for f.out.Load() > 0 && f.look() {
 		}
 	}
 	if err := f.engine.close(); err != nil {
@@ -170,16 +175,18 @@ func (f *flights) watch() {
 
 // look waits for a completion, takes it if the worker does not, and reports whether any frame is left.
 func (f *flights) look() bool {
-	stop := f.stop.FD()
-	if _, stopped := f.state(); stopped {
-		stop = -1 // it has done its work
-	}
-	if f.out.Load() > 0 {
-		f.engine.wait(stop) // whatever ends it, we look
-	}
 	seen, stopped := f.state()
-	if !stopped {
-		time.Sleep(watchNap)
+	switch {
+	case stopped:
+		f.engine.wait(-1) // what would stop it has done its work
+		seen, _ = f.state()
+	case f.engine.fd() >= 0:
+		time.Sleep(longNap)
+	default:
+		f.engine.wait(f.stop.FD()) // whatever ends it, we look
+		if seen, stopped = f.state(); !stopped {
+			time.Sleep(shortNap)
+		}
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()

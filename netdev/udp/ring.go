@@ -76,6 +76,8 @@ func (e *ringEngine) reap(f *flights) (refused uint64) {
 	}
 }
 
+func (e *ringEngine) fd() int { return e.ring.FD() }
+
 func (e *ringEngine) wait(stop int) {
 	fds := [2]unix.PollFd{{Fd: int32(e.ring.FD()), Events: unix.POLLIN}, {Fd: int32(stop), Events: unix.POLLIN}}
 	_, _ = unix.Poll(fds[:], -1)

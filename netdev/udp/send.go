@@ -303,6 +303,14 @@ func (q *queue) Reap() {
 	}
 }
 
+// CompletionFD implements netdev.Completer.
+func (q *queue) CompletionFD() int {
+	if f := q.send.flights; f != nil {
+		return f.engine.fd()
+	}
+	return -1
+}
+
 // SendFD implements netdev.Queue: it is writable when the socket that had no room has got half of its buffer back.
 func (q *queue) SendFD() int { return q.send.full }
 
