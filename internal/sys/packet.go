@@ -41,7 +41,7 @@ func PacketFanoutNew(fd, mode int) (group uint16, err error) {
 	return uint16(v), err
 }
 
-// PacketFanoutJoin adds a packet socket to a group of PacketFanoutNew. Its interface must be up.
+// PacketFanoutJoin adds a packet socket to a group of PacketFanoutNew. Older kernels want its interface to be up.
 func PacketFanoutJoin(fd, mode int, group uint16) error {
 	return unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_FANOUT, int(int32(uint32(mode|PacketFanoutIgnoreOutgoing)<<16|uint32(group))))
 }

@@ -8,7 +8,7 @@ import (
 
 // TestDevice runs the suite on the forms of the device, with an ordinary packet socket at the other end of a veth pair.
 func TestDevice(t *testing.T) {
-	for _, options := range []string{"", ",queues=3", ",vnet-hdr=off", ",qdisc-bypass=on,promisc=off"} {
+	for _, options := range []string{"", ",vnet-hdr=off", ",queues=3,qdisc-bypass=on,promisc=off"} {
 		t.Run("packet"+options, func(t *testing.T) {
 			var inside *testing.T // the subtest that has its namespace
 			netdevtest.Run(t, func(t *testing.T) netdevtest.Harness {

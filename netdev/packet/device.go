@@ -56,8 +56,8 @@ func (d *Device) SetOffloads(accept offload.Set) error {
 	return nil
 }
 
-// SetPairs closes the sockets of the pairs from n on, so that the kernel gives them no frames, and opens those before, for which the
-// interface must be up. The first one stays, and keeps the frames that come while no pair is in use.
+// SetPairs closes the sockets of the pairs from n on, so that the kernel gives them no frames, and opens those before: older kernels
+// refuse that while the interface is down. The first one stays, and keeps the frames that come while no pair is in use.
 func (d *Device) SetPairs(n int) error {
 	if n < 0 || n > len(d.queues) {
 		return fmt.Errorf("%s: %d queue pairs, has %d", d, n, len(d.queues))

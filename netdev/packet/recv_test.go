@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/netdev/netdevtest"
@@ -257,6 +258,19 @@ func TestFanout(t *testing.T) {
 				t.Errorf("a pair that is not in use: idle %v, %v", idle, err)
 			}
 		}
+	}
+	// A driver may come while the interface is down.
+	must(t, d.SetPairs(1))
+	must(t, netlink.LinkSetDown(linkByName(t, devName)))
+	if err := d.SetPairs(2); err != nil {
+		t.Logf("this kernel lets no socket share the frames of an interface that is down: %v", err)
+	}
+	must(t, netlink.LinkSetUp(linkByName(t, devName)))
+	awaitRunning(t, devName)
+	awaitRunning(t, farName)
+	must(t, d.SetPairs(2))
+	if got := flows(t, d, w, 64, 2); got[0] == 0 || got[1] == 0 {
+		t.Errorf("after the interface was down: %v", got)
 	}
 	if n := d.Queue(1).Counters().SendDropped; n != 3 {
 		t.Errorf("SendDropped is %d, want 3", n)
