@@ -33,11 +33,10 @@
 //
 // # Who hears of completions
 //
-// The transmitq's worker reaps in its turns, for the price of a load, and polls the io_uring's descriptor while it sleeps (netdev.Completer). A
-// worker that has ended does not: so as long as frames are in flight a goroutine (flights.watch) looks every longNap whether anybody called Send or
-// Reap, and takes the completions itself where nobody did. Its releases wake the worker through the Window. With MSG_ZEROCOPY there is no one
-// descriptor to poll: there the goroutine polls the sockets, and leaves the worker shortNap to take what it finds. With nothing in flight it
-// is parked and costs nothing.
+// The transmitq's worker reaps in its turns, for the price of a load, and polls the engine's descriptor while it sleeps (netdev.Completer): the
+// io_uring's, or that of an epoll of the sockets. A worker that has ended does not: so as long as frames are in flight a goroutine (flights.watch)
+// looks every longNap whether anybody called Send or Reap, and takes the completions itself where nobody did. Its releases wake the worker
+// through the Window. With nothing in flight it is parked and costs nothing.
 //
 // # Close
 //

@@ -34,7 +34,7 @@ func parseEngine(o *Options, v string) error {
 }
 
 // engine has the kernel send frames from their pages, and hears when it is done with them. Its methods are called with flights.mu locked,
-// but for wait. It ends each flight that it was given once, by flights.end or flights.done.
+// but for fd. It ends each flight that it was given once, by flights.end or flights.done.
 type engine interface {
 	// send hands over datagrams, and returns how many frames were refused: of these, and of earlier ones as far as that turns out here.
 	send(f *flights, p *pageSends) (refused uint64)
@@ -42,10 +42,8 @@ type engine interface {
 	poke()
 	// reap takes all that the kernel told, and returns how many frames turned out to be refused.
 	reap(f *flights) (refused uint64)
-	// fd is readable when the kernel has something to tell; -1: only wait knows.
+	// fd is readable when the kernel has something to tell.
 	fd() int
-	// wait returns when the kernel has something to tell, or stop is readable (-1: there is none), or a signal comes.
-	wait(stop int)
 	// close is called when no frame is in flight.
 	close() error
 }

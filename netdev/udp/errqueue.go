@@ -181,11 +181,6 @@ func (s *pageSocket) complete(c sys.Completions, done func(slot int)) {
 
 func (e *errorQueueEngine) fd() int { return e.epoll }
 
-func (e *errorQueueEngine) wait(stop int) {
-	fds := [2]unix.PollFd{{Fd: int32(e.epoll), Events: unix.POLLIN}, {Fd: int32(stop), Events: unix.POLLIN}}
-	_, _ = unix.Poll(fds[:], -1)
-}
-
 func (e *errorQueueEngine) close() error {
 	var errs []error
 	for _, s := range e.socks {

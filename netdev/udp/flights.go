@@ -6,19 +6,16 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vhostd/vhostd/internal/sys"
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/zerocopy"
 )
 
-// How long a completion is left to the worker before it is taken from elsewhere.
-const (
-	// longNap is for an engine whose descriptor a sleeping worker polls: nobody is left but a worker that has ended.
-	longNap = 10 * time.Millisecond
-	// shortNap is for one without. It costs a busy worker a wake-up of another thread in that time, and adds to the time that a sleeping
-	// worker's guest waits for its buffers.
-	shortNap = 250 * time.Microsecond
-)
+// longNap is how long a completion is left to the worker before it is taken from elsewhere: a worker that sleeps polls the engine's
+// descriptor, so nobody but one that has ended leaves it at all.
+const longNap = 10 * time.Millisecond
 
 // flight is a frame whose pages the kernel refers to.
 type flight struct {
@@ -173,21 +170,14 @@ func (f *flights) watch() {
 	_ = f.stop.Close()
 }
 
-// look waits for a completion, takes it if the worker does not, and reports whether any frame is left.
+// look waits for a while, or after close for a completion, takes what the worker does not, and reports whether any frame is left.
 func (f *flights) look() bool {
 	seen, stopped := f.state()
-	switch {
-	case stopped:
-		f.engine.wait(-1) // what would stop it has done its work
-		seen, _ = f.state()
-	case f.engine.fd() >= 0:
-		time.Sleep(longNap)
-	default:
-		f.engine.wait(f.stop.FD()) // whatever ends it, we look
-		if seen, stopped = f.state(); !stopped {
-			time.Sleep(shortNap)
-		}
+	fds, timeout := [1]unix.PollFd{{Fd: int32(f.stop.FD()), Events: unix.POLLIN}}, int(longNap/time.Millisecond)
+	if stopped {
+		fds[0].Fd, timeout = int32(f.engine.fd()), -1
 	}
+	_, _ = unix.Poll(fds[:], timeout) // whatever ends it, we look
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.turns == seen {

@@ -1,8 +1,6 @@
 package udp
 
 import (
-	"golang.org/x/sys/unix"
-
 	"github.com/vhostd/vhostd/internal/sys/uring"
 	"github.com/vhostd/vhostd/zerocopy"
 )
@@ -77,10 +75,5 @@ func (e *ringEngine) reap(f *flights) (refused uint64) {
 }
 
 func (e *ringEngine) fd() int { return e.ring.FD() }
-
-func (e *ringEngine) wait(stop int) {
-	fds := [2]unix.PollFd{{Fd: int32(e.ring.FD()), Events: unix.POLLIN}, {Fd: int32(stop), Events: unix.POLLIN}}
-	_, _ = unix.Poll(fds[:], -1)
-}
 
 func (e *ringEngine) close() error { return e.ring.Close() }
