@@ -27,7 +27,7 @@ type entry struct {
 // table knows behind which peer an Ethernet address is. It is written by the receiveq's worker and read by the transmitq's.
 type table struct {
 	port  uint16                        // at which peers receive: what they send comes from any
-	named map[sys.Sockaddr]sys.Sockaddr // peers of the configuration that receive elsewhere, by what they would be at port
+	named map[sys.Sockaddr]sys.Sockaddr // hosts of the configuration, which may receive elsewhere, by what they would be at port
 
 	mu        sync.Mutex
 	m         map[mac]entry
