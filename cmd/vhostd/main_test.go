@@ -202,6 +202,8 @@ func TestUsage(t *testing.T) {
 		"run --socket-path s --net null,generate=x":                                       "want on or off",
 		"run --socket-path s --net tap:a,sing=1":                                          `unknown key "sing"`,
 		"run --socket-path s --net tap:a,queues=2 --queues 3":                             "--queues 3 contradicts",
+		"run --socket-path s --net packet":                                                "no interface name",
+		"run --socket-path s --net packet:a,queues=2 --queues 3":                          "--queues 3 contradicts",
 		"run --socket-path s --net user,sing=1":                                           `unknown option "sing"`,
 		"run --socket-path s --net user --hostfwd sing":                                   "hostfwd",
 		"run --socket-path s --net null --hostfwd tcp::1-:1":                              "--hostfwd is for --net user",
