@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -48,6 +49,7 @@ func nonblocking(fd int) error {
 var procs struct {
 	sync.Mutex
 	workers, base int
+	few           atomic.Bool // every worker has a processor of its own
 }
 
 // maxExtraProcs bounds what workers add to GOMAXPROCS: beyond it the operating system has more threads than it can run anyway.
@@ -62,8 +64,12 @@ func changeProcs(n int) {
 		procs.base = runtime.GOMAXPROCS(0)
 	}
 	procs.workers += n
+	procs.few.Store(procs.workers <= maxExtraProcs)
 	// Only upwards: a change stops the world, and an unused processor costs nothing.
 	if want := procs.base + min(procs.workers, maxExtraProcs); want > runtime.GOMAXPROCS(0) {
 		runtime.GOMAXPROCS(want)
 	}
 }
+
+// enoughProcs reports whether a worker may keep its processor while it sleeps.
+func enoughProcs() bool { return procs.few.Load() }

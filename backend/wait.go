@@ -2,9 +2,12 @@ package backend
 
 import (
 	"errors"
+	"runtime"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/internal/sys"
 )
 
 // kickless is how often a ring is looked at that has no kick descriptor, and a device that cannot be polled.
@@ -43,7 +46,7 @@ func (q *queue) wait() {
 		timeout = &ts
 	}
 	from := time.Now()
-	_, err := unix.Ppoll(fds[:], timeout, nil)
+	err := q.sleep(fds[:], timeout)
 	q.poll.slept(time.Since(from))
 	if err != nil && !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.EAGAIN) {
 		panic("bug: waiting for a queue's descriptors: " + err.Error())
@@ -52,6 +55,30 @@ func (q *queue) wait() {
 		q.wake.Drain()
 	}
 	q.awake(w.kick, fds[1].Revents)
+}
+
+// brief is how long a sleep is expected to be, at most, after one that was not longer. See sys.PollBriefly for its upper bound.
+const brief = 5 * time.Millisecond
+
+// sleep waits for a descriptor. On a busy queue sleeps are many and short, and Go's scheduler has no part in them, as long as it has a processor
+// for every worker. It is given a turn now and then all the same: of a goroutine that has not had one for 10 ms it suspects that it hogs its processor,
+// takes that away at any system call, and has its monitor look again every 20 us.
+func (q *queue) sleep(fds []unix.PollFd, timeout *unix.Timespec) error {
+	if q.poll.brief && timeout == nil && enoughProcs() {
+		if now := time.Now(); now.Sub(q.poll.yielded) > brief {
+			q.poll.yielded = now
+			runtime.Gosched()
+		}
+		n, errno := sys.PollBriefly(fds, brief)
+		if errno != 0 {
+			return errno
+		}
+		if n > 0 {
+			return nil
+		}
+	}
+	_, err := unix.Ppoll(fds, timeout, nil)
+	return err
 }
 
 // awake takes note of what ended the wait.
@@ -93,6 +120,8 @@ func signal(fd int) bool {
 type poller struct {
 	limit, span time.Duration
 	until       time.Time
+	brief       bool      // the last sleep was shorter than brief
+	yielded     time.Time // to Go's scheduler
 }
 
 // minPoll is the shortest span that is tried.
@@ -117,6 +146,7 @@ func (p *poller) more() bool {
 // slept learns from a sleep.
 func (p *poller) slept(d time.Duration) {
 	p.until = time.Time{}
+	p.brief = d < brief
 	if d < p.limit {
 		p.span = min(max(2*p.span, minPoll), p.limit)
 		return
