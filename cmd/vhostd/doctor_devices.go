@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -11,6 +10,7 @@ import (
 	"github.com/vhostd/vhostd/internal/sys/uring"
 
 	"github.com/vhostd/vhostd/netdev/tap"
+	"github.com/vhostd/vhostd/netdev/xdp"
 )
 
 // checkPing looks for the right to send pings without privilege.
@@ -55,9 +55,6 @@ func checkPacket() []finding {
 	}
 	return one(f, err, verdictWarn)
 }
-
-// notUsed says of facilities of the kernel that no device of this version takes them.
-const notUsed = "no device of this version uses it"
 
 func checkLockedMemory() []finding {
 	f := finding{What: "locked memory", Meaning: "pages that a tunnel has in flight count against it, unless vhostd has CAP_IPC_LOCK"}
@@ -118,16 +115,15 @@ func checkZeroCopySend() []finding {
 	return []finding{f}
 }
 
+// checkXDP passes on what package xdp knows.
 func checkXDP() []finding {
-	f := finding{What: "AF_XDP", Verdict: verdictOK, Detail: "available", Meaning: notUsed}
-	fd, err := unix.Socket(unix.AF_XDP, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
-	switch {
-	case err == nil:
-		unix.Close(fd)
-	case errors.Is(err, unix.EPERM):
-		f.Detail = "needs CAP_NET_RAW, which this process does not have"
-	default:
-		f.Detail = err.Error()
+	var all []finding
+	for _, fact := range xdp.Check() {
+		f := finding{What: "--net xdp: " + fact.What, Verdict: verdictOK, Detail: fact.Detail, Fix: fact.Fix}
+		if !fact.OK {
+			f.Verdict = verdictWarn
+		}
+		all = append(all, f)
 	}
-	return []finding{f}
+	return all
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/vhostd/vhostd/netdev/tap"
 	"github.com/vhostd/vhostd/netdev/udp"
 	"github.com/vhostd/vhostd/netdev/user"
+	"github.com/vhostd/vhostd/netdev/xdp"
 )
 
 // kind is one thing that --net can name.
@@ -29,6 +30,7 @@ var kinds = []kind{
 	{"user", "user[,hostfwd=...][,mtu=BYTES][,restrict=on]...", "a network of its own behind the host's sockets, which needs no privilege (the default)", false, openUser},
 	{"tap", "tap[:NAME][,bridge=BR][,mtu=BYTES][,fd=N][,macvtap=DEV]...", "an interface of the host, made if there is none", false, openTap},
 	{"packet", "packet:NAME[,queues=N][,fanout=hash|cpu|qm][,mtu=BYTES][,promisc=off]...", "an interface of the host that is there, such as a network card", false, openPacket},
+	{"xdp", "xdp:NAME[,queue=N][,mode=auto|native|generic|copy|zerocopy][,mtu=BYTES][,no-balloon=on]...", "an interface of the host that is there, past the kernel's network stack (AF_XDP)", true, openXDP},
 	{"null", "null[,generate=on][,size=BYTES][,count=N][,readheaders=on][,echo=on]", "no network: drops frames, makes them, or returns a copy of each, for measurements", false, openNull},
 	{"vxlan", "vxlan:vni=N,remote=ADDR[;ADDR...][,local=ADDR][,port=N][,zerocopy=auto|on|off]...", "a VXLAN tunnel to other hosts or multicast groups, large frames from the guest's pages", true, openUDP},
 	{"geneve", "geneve:vni=N,remote=ADDR[;ADDR...][,local=ADDR][,port=N]...", "a Geneve tunnel to other hosts or multicast groups", true, openUDP},
@@ -139,6 +141,22 @@ func openPacket(spec string, s *settings) (netdev.Device, error) {
 		o.MTU = s.mtu
 	}
 	return packet.Open(o)
+}
+
+// openXDP lets the options of --net have the last word over --mtu, --zerocopy and --no-balloon. There is a queue pair for each queue of the interface.
+func openXDP(spec string, s *settings) (netdev.Device, error) {
+	o, err := xdp.ParseOptions(spec)
+	if err != nil {
+		return nil, &usageError{err}
+	}
+	if o.MTU == 0 {
+		o.MTU = s.mtu
+	}
+	if o.ZeroCopy == netdev.Auto {
+		o.ZeroCopy = s.policy
+	}
+	o.NoBalloon = o.NoBalloon || s.flags.noBalloon
+	return xdp.Open(o)
 }
 
 // openUDP lets the options of --net have the last word over --mtu. A tunnel has one queue pair.

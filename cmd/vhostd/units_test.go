@@ -139,7 +139,7 @@ func TestDoctor(t *testing.T) {
 	}
 	for _, want := range []string{
 		"kernel", "memfd", "open files", "QEMU", "KVM", "pings for --net user", "--net tap: CAP_NET_ADMIN", "--net tap: /dev/net/tun",
-		"locked memory", "huge pages", "io_uring", "MSG_ZEROCOPY", "AF_XDP",
+		"locked memory", "huge pages", "io_uring", "MSG_ZEROCOPY", "--net xdp: AF_XDP sockets", "--net xdp: XDP programs",
 	} {
 		if !seen[want] {
 			t.Errorf("%s was not looked at", want)

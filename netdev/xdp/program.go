@@ -32,6 +32,7 @@ type program struct {
 	prog    *ebpf.Program
 	link    link.Link
 	native  bool
+	frags   bool // frames may come in several pieces
 }
 
 // newProgram attaches the program: frames of up to frame bytes that come at queue go to that queue's socket, and longer ones are dropped, as are all while
@@ -60,6 +61,7 @@ func (p *program) load(queue, n, frame int) (err error) {
 	// Frames in several pieces are known from Linux 5.18 on; before, there are none.
 	p.prog, err = ebpf.NewProgram(p.spec(queue, frame, true))
 	if err == nil {
+		p.frags = true
 		return nil
 	}
 	var old error

@@ -90,12 +90,18 @@ func (b *binding) add(buf *zerocopy.Buffer) (o zerocopy.Outcome, ok bool) {
 	return o, true
 }
 
-// describe finds the pieces of a frame in guest memory, behind a first one of head bytes in private memory, or more where the guest's first piece is too
-// short to be the kernel's. It returns 0 for a frame that cannot be described.
+// describe finds the pieces of a frame in guest memory, behind a first one of head bytes in private memory, or more where the frame's first piece is too
+// short to be the kernel's, or not the guest's. It returns 0 for a frame that cannot be described.
 func (b *binding) describe(buf *zerocopy.Buffer, slot, head int) (n int) {
 	segs := buf.Segs()
-	if len(segs[0].Mem) < min(minHead, buf.Len()) {
-		head = max(head, min(minHead, buf.Len()))
+	if least := min(minHead, buf.Len()); len(segs[0].Mem) < least {
+		head = max(head, least)
+	}
+	if _, ok := b.arena.Offset(segs[0].Mem); !ok { // headers that were made for a segment
+		head = max(head, len(segs[0].Mem))
+	}
+	if head > b.piece() {
+		return 0
 	}
 	d := &b.send.scratch
 	if head > 0 {
