@@ -36,7 +36,9 @@ import (
 	"log"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -53,7 +55,7 @@ var directions = []struct {
 func main() {
 	log.SetFlags(0)
 	var (
-		vhostd = flag.String("vhostd", "bin/vhostd", "`path` of the vhostd program")
+		vhostd = flag.String("vhostd", "bin/vhostd", "`path` of the vhostd program, or several to compare, with commas between")
 		mib    = flag.Uint64("mib", 256, "MiB of a transfer")
 		turns  = flag.Int("turns", 5, "turns of each back-end that count")
 		net    = flag.String("net", "", "options of vhostd's tap, as \"io-uring=off\"")
@@ -63,16 +65,17 @@ func main() {
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer cancel()
-	o := options{vhostd: *vhostd, bytes: *mib << 20, turns: *turns, net: *net, props: *props, mtu: *mtu}
+	o := options{vhostd: strings.Split(*vhostd, ","), bytes: *mib << 20, turns: *turns, net: *net, props: *props, mtu: *mtu}
 	if err := run(ctx, o); err != nil {
 		log.Fatal("tap: ", err)
 	}
 }
 
 type options struct {
-	vhostd, net, props string
-	bytes              uint64
-	turns, mtu         int
+	vhostd     []string
+	net, props string
+	bytes      uint64
+	turns, mtu int
 }
 
 func run(ctx context.Context, o options) error {
@@ -85,15 +88,20 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
-	names := []string{"qemu", "vhostd"}
 	var sides []*side
 	defer func() {
 		for _, s := range sides {
 			s.close()
 		}
 	}()
-	for _, name := range names {
-		s, err := boot(ctx, name, dir, assets, o)
+	var names []string
+	for _, binary := range append([]string{""}, o.vhostd...) {
+		name := "qemu"
+		if binary != "" {
+			name = filepath.Base(binary)
+		}
+		names = append(names, name)
+		s, err := boot(ctx, name, binary, dir, assets, o)
 		if s != nil {
 			sides = append(sides, s)
 		}
@@ -149,6 +157,8 @@ func report(results map[string][]sample, names []string, o options) {
 				med(func(s sample) time.Duration { return s.vcpu }), med(func(s sample) time.Duration { return s.other }),
 				1024/med(func(s sample) time.Duration { return s.wall }))
 		}
-		fmt.Printf("| %s | ratio | **%.2f** | | | | | |\n", d.name, sums[1]/sums[0])
+		for i, sum := range sums[1:] {
+			fmt.Printf("| %s | %s / %s | **%.2f** | | | | | |\n", d.name, names[i+1], names[0], sum/sums[0])
+		}
 	}
 }

@@ -41,8 +41,8 @@ type side struct {
 	clocks  *clocks
 }
 
-// boot makes a side. After an error there is one still, to be closed, unless it is nil.
-func boot(ctx context.Context, name, dir string, assets machine.Assets, o options) (*side, error) {
+// boot makes a side: QEMU alone when binary is "". After an error there is one still, to be closed, unless it is nil.
+func boot(ctx context.Context, name, binary, dir string, assets machine.Assets, o options) (*side, error) {
 	ctx, cancel := context.WithTimeout(ctx, bootTime)
 	defer cancel()
 	ns, err := netlab.New()
@@ -58,8 +58,8 @@ func boot(ctx context.Context, name, dir string, assets machine.Assets, o option
 		m.DeviceProps = strings.Split(o.props, ",")
 	}
 	vhostd := 0
-	if name == "vhostd" {
-		if err := s.startDaemon(ctx, filepath.Join(dir, name), o); err != nil {
+	if binary != "" {
+		if err := s.startDaemon(ctx, binary, filepath.Join(dir, name), o.net); err != nil {
 			return s, err
 		}
 		m.Socket, vhostd = filepath.Join(dir, name, filepath.Base(daemon.Options{}.Socket())), s.daemon.PID()
@@ -80,17 +80,16 @@ func boot(ctx context.Context, name, dir string, assets machine.Assets, o option
 	return s, err
 }
 
-func (s *side) startDaemon(ctx context.Context, dir string, o options) (err error) {
+func (s *side) startDaemon(ctx context.Context, binary, dir, options string) (err error) {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err
 	}
-	binary, err := filepath.Abs(o.vhostd)
-	if err != nil {
+	if binary, err = filepath.Abs(binary); err != nil {
 		return err
 	}
 	net := "tap:" + tapName
-	if o.net != "" {
-		net += "," + o.net
+	if options != "" {
+		net += "," + options
 	}
 	s.daemon, err = daemon.Start(ctx, daemon.Options{Binary: binary, Dir: dir, Net: net, Namespace: s.ns})
 	return err
