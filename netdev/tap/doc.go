@@ -15,14 +15,14 @@
 // A batch of batchLeast frames or more goes to the kernel in one system call, as writes through an io_uring (batcher): what is saved is the way
 // into the kernel and out. The kernel carries them out there and then, in order, and what became of each is known when the call
 // returns. Only: it goes on with the next write after one that was refused. Of most errors that is what we want; after an EAGAIN the next
-// ones may find the room that the refused one did not, and overtake it. A chain of requests (IOSQE_IO_LINK) would stop there, and costs
-// nearly all that the batch gains. So batches are for a send buffer without a bound, which is every tap's unless somebody set one
+// ones may find the room that the refused one did not, and overtake it. A chain of requests (IOSQE_IO_LINK) would stop there, and costs most
+// of what the batch gains. So batches are for a send buffer without a bound, which is every tap's unless somebody set one
 // (TUNSETSNDBUF), and never refuses; a macvtap's has a bound. Should it get one later, then a frame that was overtaken is dropped, as a wire drops
 // and never reorders, and from that refusal on frames are written one by one. They are as well where io_uring is missing or forbidden, and
 // after it failed.
 //
-// Guest memory is not registered with the ring: measured, that saves at most 3 % of a small frame, costs a tenth to a third more of a large one
-// out of cold memory, and would pin all of the guest's memory (docs/perf/2026-11-22-tap.md).
+// Guest memory is not registered with the ring: measured, that saves some 2 % of a small frame, makes a large one out of cold memory a tenth to
+// a third dearer, and would pin all of the guest's memory (docs/perf/2026-11-22-tap.md).
 //
 // Receiving: nothing tells beforehand how long the next frame is, and a read that is too short truncates it silently. So every read
 // ends in a private buffer, the stage: room for what the posted buffers cannot take. A frame that fits the posted buffers is where
