@@ -57,8 +57,12 @@ func (q *queue) wait() {
 	q.awake(w.kick, fds[1].Revents)
 }
 
-// brief is how long a sleep is expected to be, at most, after one that was not longer. See sys.PollBriefly for its upper bound.
-const brief = 5 * time.Millisecond
+// brief is how long a worker sleeps without Go's scheduler, at most, on a queue whose last sleep was shorter than busy. See sys.PollBriefly for its
+// upper bound.
+const (
+	brief = 5 * time.Millisecond
+	busy  = 50 * time.Millisecond
+)
 
 // sleep waits for a descriptor. On a busy queue sleeps are many and short, and Go's scheduler has no part in them, as long as it has a processor
 // for every worker. It is given a turn now and then all the same: of a goroutine that has not had one for 10 ms it suspects that it hogs its processor,
@@ -120,7 +124,7 @@ func signal(fd int) bool {
 type poller struct {
 	limit, span time.Duration
 	until       time.Time
-	brief       bool      // the last sleep was shorter than brief
+	brief       bool      // the last sleep was shorter than busy
 	yielded     time.Time // to Go's scheduler
 }
 
@@ -146,7 +150,7 @@ func (p *poller) more() bool {
 // slept learns from a sleep.
 func (p *poller) slept(d time.Duration) {
 	p.until = time.Time{}
-	p.brief = d < brief
+	p.brief = d < busy
 	if d < p.limit {
 		p.span = min(max(2*p.span, minPoll), p.limit)
 		return
