@@ -4,6 +4,7 @@
 #   make build    bin/vhostd, one static binary
 #   make test     everything that CI runs
 #   make lint race vm bench    parts of it
+#   make bench-peers           vhostd beside DPDK, in turns, into docs/perf; takes an hour, wants root and a quiet machine
 #
 # VHOSTD_REQUIRE=all (or vm,tap,...) turns tests that skip for want of something into failures, as in CI.
 
@@ -65,6 +66,12 @@ soak-order:
 	$(stage) "10 million frames over each of four kinds of ring, a million through the kernel, completed out of order"
 	$(GO) test -count=1 -v -timeout 30m -run TestTenMillion ./backend -frames 10000000
 	$(GO) test -count=1 -v -timeout 30m -run TestOrderThroughTheKernel ./netdev/udp -frames 1000000
+
+# PEERS are options of test/perf: -pairs, -seconds, -work, -ring, -guest.
+bench-peers:
+	@scripts/setup.sh bench
+	@$(MAKE) --no-print-directory build
+	$(GO) run ./test/perf -pairs 5 -date $$(date +%F) $(PEERS)
 
 vm:
 	$(stage) "tests with virtual machines"

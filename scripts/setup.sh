@@ -1,5 +1,5 @@
 #!/bin/sh
-# setup.sh [demo|test|bench]: installs what `make demo`, `make test` and the comparison with DPDK need, and unpacks a
+# setup.sh [demo|test|bench]: installs what `make demo`, `make test` and `make bench-peers` need, and unpacks a
 # guest kernel for the VM tests.
 #
 # It says what it does, does only what is missing, and is quick when nothing is. What it changes:
@@ -29,9 +29,6 @@ wanted="qemu-system-x86_64:qemu-system-x86 setpriv:util-linux"
 packages=
 for pair in $wanted; do have "${pair%%:*}" || packages="$packages ${pair#*:}"; done
 [ "$what" = demo ] || [ -e /usr/include/stdlib.h ] || packages="$packages libc6-dev"
-# testpmd loads its virtio-user and vhost drivers as plug-ins, which no package of its own depends on.
-[ "$what" != bench ] || have dpdk-testpmd || packages="$packages dpdk-dev librte-net-virtio23 librte-net-vhost23"
-
 updated=
 update() { # the lists of a fresh machine are empty or old
 	[ -z "$updated" ] || return 0
@@ -40,6 +37,12 @@ update() { # the lists of a fresh machine are empty or old
 	apt update >/dev/null
 	updated=yes
 }
+
+# DPDK's testpmd, a guest and a back-end of somebody else's (32 MB). Its drivers are plug-ins, with the version in the package's name.
+if [ "$what" != demo ] && ! have dpdk-testpmd; then
+	update
+	packages="$packages dpdk-dev $(apt-cache search --names-only '^librte-net-(virtio|vhost|pcap)[0-9]+$' | cut -d' ' -f1 | tr '\n' ' ')"
+fi
 
 if [ -n "$packages" ]; then
 	[ "$(id -u)" = 0 ] || die "not root. Install by hand, then run make again:

@@ -1,155 +1,184 @@
-// Command perf compares vhostd with DPDK's vhost library, both driven by the same guest: DPDK's virtio-user in dpdk-testpmd, which is
-// neither's own. The two take turns (A B A B), each run is cut into seconds, and a second counts only in its placement class, and only if
-// nothing else ran on the two processors.
+// Command perf compares vhostd with DPDK's vhost library. The two take turns (A B A B), driven by the same guest: DPDK's virtio-user in
+// dpdk-testpmd, and the driver end of vhostd bench. Each turn is cut into seconds, and a second counts only in its placement class
+// (internal/placement), and only if nothing else ran on the two processors.
 //
-//	go build -o bin/vhostd ./cmd/vhostd && go run ./test/perf -pairs 5
+//	make bench-peers
+//	go build -o bin/vhostd ./cmd/vhostd && go run ./test/perf -pairs 5 -date 2026-11-22
 //
-// # Placement
-//
-// On a shared machine the hypervisor moves the two processors that a comparison runs on: sometimes they share a cache ("near", a line
-// travels there and back in some 60 ns), sometimes not ("far", some 310 ns). Rates differ by up to four times between the two, so rates
-// are compared within a class only. The round trip is measured before and after every second.
+// The back-end runs on processor 0, the guest on processor 1. It wants root, and 512 huge pages, which it sets aside and gives back.
 package main
 
 import (
 	"flag"
 	"fmt"
+	"io"
 	"log"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
+
+	"github.com/vhostd/vhostd/internal/placement"
 )
 
-// work is one thing to compare.
-type work struct {
-	name string
-	size int  // bytes of a frame
-	rx   bool // host to guest
-}
+// The processors that the two ends run on.
+const (
+	backCPU  = 0
+	guestCPU = 1
+)
 
-var works = []work{
-	{"guest-to-host-64", 64, false}, {"guest-to-host-1518", 1518, false},
-	{"host-to-guest-64", 64, true}, {"host-to-guest-1518", 1518, true},
-	{"guest-to-host-9000", 9000, false}, {"host-to-guest-9000", 9000, true},
-}
-
-// peer is a back-end.
-type peer struct {
-	name  string
-	start func(w work, socket string, cpu int) (*process, error)
+// options are the command line's.
+type options struct {
+	vhostd  string
+	pairs   int
+	seconds int
+	works   []string
+	rings   []string
+	guests  []string
+	date    string
 }
 
 func main() {
 	log.SetFlags(0)
-	var (
-		vhostd  = flag.String("vhostd", "bin/vhostd", "the vhostd binary")
-		pairs   = flag.Int("pairs", 3, "turns of each back-end")
-		seconds = flag.Int("seconds", 4, "good seconds wanted of each turn")
-		only    = flag.String("work", "", "comma-separated names of the works to do; all when empty")
-	)
+	var o options
+	var works, rings, guests string
+	flag.StringVar(&o.vhostd, "vhostd", "bin/vhostd", "the vhostd binary")
+	flag.IntVar(&o.pairs, "pairs", 3, "turns of each back-end")
+	flag.IntVar(&o.seconds, "seconds", 4, "good seconds wanted of each turn")
+	flag.StringVar(&works, "work", "", "comma-separated names of the works to do; all when empty: "+workNames())
+	flag.StringVar(&rings, "ring", "split,packed", "layouts of the rings")
+	flag.StringVar(&guests, "guest", "virtio-user,bench", "who drives the rings: DPDK's virtio-user, vhostd bench")
+	flag.StringVar(&o.date, "date", "", "also write docs/perf/DATE-peers.md, for example 2026-11-22")
 	flag.Parse()
-	peers := []peer{
-		{"vhostd", func(w work, socket string, cpu int) (*process, error) { return startVhostd(*vhostd, w, socket, cpu) }},
-		{"dpdk", startDPDK},
-	}
-	fmt.Printf("| work | class | vhostd Mpps | dpdk Mpps | ratio | seconds |\n|---|---|---|---|---|---|\n")
-	for _, w := range works {
-		if *only != "" && !slices.Contains(strings.Split(*only, ","), w.name) {
-			continue
-		}
-		rates := map[string]map[string][]float64{}
-		for range *pairs {
-			for _, p := range peers {
-				samples, err := measure(p, w, *seconds)
-				if err != nil {
-					// testpmd's console hangs at times under a flood: the turn is lost, and said to be.
-					log.Printf("%s, %s: turn lost: %v", w.name, p.name, err)
-				}
-				for _, s := range samples {
-					if rates[s.class] == nil {
-						rates[s.class] = map[string][]float64{}
-					}
-					rates[s.class][p.name] = append(rates[s.class][p.name], s.mpps)
-				}
-			}
-		}
-		report(w, rates)
+	o.works, o.rings, o.guests = split(works), split(rings), split(guests)
+	if err := o.run(); err != nil {
+		log.Fatal(err)
 	}
 }
 
-func report(w work, rates map[string]map[string][]float64) {
-	for _, class := range []string{near, far} {
-		ours, theirs := rates[class]["vhostd"], rates[class]["dpdk"]
-		if len(ours) == 0 && len(theirs) == 0 {
+// split cuts a comma list; nothing is an empty list.
+func split(s string) []string {
+	return strings.FieldsFunc(s, func(r rune) bool { return r == ',' })
+}
+
+// run does all works and prints the table, and writes it if it has a date.
+func (o options) run() error {
+	back, err := hugePages(512)
+	if err != nil {
+		return err
+	}
+	defer back()
+	out := io.Writer(os.Stdout)
+	if o.date != "" {
+		f, err := os.Create("docs/perf/" + o.date + "-peers.md")
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		out = io.MultiWriter(os.Stdout, f)
+		fmt.Fprint(f, o.preamble())
+	}
+	fmt.Fprintf(out, "| work | guest | ring | class | vhostd | DPDK | ratio | samples |\n|---|---|---|---|---|---|---|---|\n")
+	for _, w := range works {
+		if len(o.works) > 0 && !slices.Contains(o.works, w.name) {
+			continue
+		}
+		for _, guest := range o.guests {
+			for _, ring := range o.rings {
+				if w.guest == "" || w.guest == guest {
+					o.compare(out, w, turn{guest: guest, packed: ring == "packed"})
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// preamble is the head of the file.
+func (o options) preamble() string {
+	return fmt.Sprintf(`# %s: vhostd beside DPDK's vhost library
+
+%s
+
+Back-end on processor %d, guest on processor %d, in turns A B A B. Medians over quiet seconds of one placement class; compare within a line only.
+Rates are millions of frames a second, and a ratio above 1 says that vhostd is faster; latencies are the p50 of each second, idle is the
+share of a processor that the back-end takes, and there a ratio below 1 says that vhostd does with less.
+
+`, o.date, "```\n"+"go run ./test/perf "+strings.Join(os.Args[1:], " ")+"\n```", backCPU, guestCPU)
+}
+
+// compare has the two back-ends take turns at a work.
+func (o options) compare(out io.Writer, w work, t turn) {
+	values := map[placement.Class]map[string][]float64{}
+	for range o.pairs {
+		for _, peer := range []string{"vhostd", "dpdk"} {
+			t.peer = peer
+			samples, err := o.measure(w, t)
+			if err != nil {
+				// testpmd's console hangs at times under a flood: the turn is lost, and said to be.
+				log.Printf("%s, %s, %s: turn lost: %v", w.name, t.guest, peer, err)
+			}
+			for _, s := range samples {
+				if values[s.class] == nil {
+					values[s.class] = map[string][]float64{}
+				}
+				values[s.class][peer] = append(values[s.class][peer], s.value)
+			}
+		}
+	}
+	for _, class := range []placement.Class{placement.Near, placement.Far, placement.Unknown} {
+		ours, theirs := values[class]["vhostd"], values[class]["dpdk"]
+		if len(ours)+len(theirs) == 0 {
 			continue
 		}
 		ratio := "-"
 		if len(ours) > 0 && len(theirs) > 0 {
-			ratio = fmt.Sprintf("%.2f", median(ours)/median(theirs))
+			ratio = fmt.Sprintf("%.2f", placement.Median(ours)/placement.Median(theirs))
 		}
-		fmt.Printf("| %s | %s | %.1f | %.1f | %s | %d + %d |\n", w.name, class, median(ours), median(theirs), ratio, len(ours), len(theirs))
+		fmt.Fprintf(out, "| %s | %s | %s | %s | %s | %s | %s | %d + %d |\n", w.name, t.guest, t.ring(), class,
+			w.format(ours), w.format(theirs), ratio, len(ours), len(theirs))
 	}
 }
 
-func median(v []float64) float64 {
-	if len(v) == 0 {
-		return 0
-	}
-	s := slices.Clone(v)
-	slices.Sort(s)
-	return s[len(s)/2]
-}
-
-// sample is one second.
+// sample is one second, in the work's unit.
 type sample struct {
-	mpps  float64
-	class string
+	value float64
+	class placement.Class
 }
 
-// measure runs one turn: the back-end on one processor, the guest on the other.
-func measure(p peer, w work, seconds int) ([]sample, error) {
-	dir, err := os.MkdirTemp("", "vhostd-perf")
-	if err != nil {
-		return nil, err
+// format writes a median in the work's unit.
+func (w work) format(v []float64) string {
+	m := placement.Median(v)
+	switch {
+	case len(v) == 0:
+		return "-"
+	case w.kind == latency:
+		return time.Duration(m).Round(10 * time.Nanosecond).String()
+	case w.kind == idle:
+		return fmt.Sprintf("%.2f %%", 100*m)
 	}
-	defer os.RemoveAll(dir)
-	socket := dir + "/s"
-	back, err := p.start(w, socket, backCPU)
-	if err != nil {
-		return nil, err
-	}
-	defer back.stop()
-	if err := waitFor(socket, back); err != nil {
-		return nil, err
-	}
-	guest, err := startGuest(w, socket, guestCPU)
-	if err != nil {
-		return nil, err
-	}
-	defer guest.stop()
-	// The receiving end goes first. vhostd needs no telling.
-	first, second := back, guest
-	if w.rx {
-		first, second = guest, back
-	}
-	first.say("start")
-	time.Sleep(300 * time.Millisecond)
-	second.say("start")
-	time.Sleep(time.Second)
-	return guest.sample(w, back, seconds)
+	return fmt.Sprintf("%.2f", m/1e6)
 }
 
-// waitFor waits until the back-end listens.
-func waitFor(socket string, p *process) error {
-	for range 200 {
-		if _, err := os.Stat(socket); err == nil {
-			return nil
-		}
-		if p.ended() {
-			return fmt.Errorf("ended early:\n%s", p.tail())
-		}
-		time.Sleep(50 * time.Millisecond)
+const hugePagesFile = "/proc/sys/vm/nr_hugepages"
+
+// hugePages sets huge pages of 2 MiB aside, unless there are as many, and returns what gives them back.
+func hugePages(n int) (back func(), err error) {
+	text, err := os.ReadFile(hugePagesFile)
+	if err != nil {
+		return nil, err
 	}
-	return fmt.Errorf("no socket after 10 s:\n%s", p.tail())
+	had, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil || had >= n {
+		return func() {}, err
+	}
+	if err := os.WriteFile(hugePagesFile, []byte(strconv.Itoa(n)), 0); err != nil {
+		return nil, fmt.Errorf("%d huge pages are needed: %w", n, err)
+	}
+	return func() {
+		if err := os.WriteFile(hugePagesFile, []byte(strconv.Itoa(had)), 0); err != nil {
+			log.Print(err)
+		}
+	}, nil
 }
