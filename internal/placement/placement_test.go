@@ -3,6 +3,7 @@ package placement
 import (
 	"os"
 	"runtime"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -59,7 +60,7 @@ func TestThreads(t *testing.T) {
 	cpu := allowed(t)[0]
 	before := Threads(os.Getpid())
 	ids := make(chan int)
-	stop := make(chan struct{})
+	var stop atomic.Bool
 	go func() {
 		runtime.LockOSThread() // and ends with the goroutine, pinned as it is
 		if err := Pin(cpu); err != nil {
@@ -69,16 +70,11 @@ func TestThreads(t *testing.T) {
 			t.Errorf("CPU is %d, pinned to %d", got, cpu)
 		}
 		ids <- unix.Gettid()
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-			}
+		for !stop.Load() {
 		}
 	}()
 	id := <-ids
-	defer close(stop)
+	defer stop.Store(true)
 	for { // until it is the busiest
 		now := Threads(os.Getpid())
 		if busiest, ok := Busiest(before, now, 0); ok && busiest == id && now[id].Ran > 0 {
@@ -88,7 +84,7 @@ func TestThreads(t *testing.T) {
 			if other, ok := Busiest(before, now, id); ok && other == id {
 				t.Error("Busiest returns the thread that it is to leave out")
 			}
-			if Ran(before, now) < now[id].Ran || Waited(now, now) != 0 {
+			if Ran(before, now) < now[id].Ran-before[id].Ran || Waited(now, now) != 0 {
 				t.Errorf("sums of %v and %v", Ran(before, now), Waited(now, now))
 			}
 			return
