@@ -193,7 +193,7 @@ func TestUsage(t *testing.T) {
 		"run --sing":                    "unknown flag: --sing",
 		"run -x":                        "unknown shorthand flag",
 		"run --socket-path s extra":     `takes options only, not "extra"`,
-		"run --socket-path s --net foo": `unknown kind "foo", known are user, tap, packet, null, vxlan, geneve, dgram`,
+		"run --socket-path s --net foo": `unknown kind "foo", known are user, tap, packet, xdp, null, vxlan, geneve, dgram`,
 		"run --socket-path s --net vxlan:remote=10.0.0.2":                                 "vni=N is missing",
 		"run --socket-path s --queues 2 --net dgram:local=127.0.0.1:1,remote=127.0.0.1:2": "dgram has one queue pair",
 		"run --socket-path s --net null,x":                                                "known are generate, size, count, readheaders and echo",

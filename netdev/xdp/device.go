@@ -188,7 +188,7 @@ func (d *Device) SetPairs(n int) error {
 	for i, p := range d.ports {
 		errs = append(errs, p.move(d.pairs[i%max(n, 1)]))
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, d.eachPort((*port).suit))...)
 }
 
 // memory is what is registered of the guest's, as far as it can be.

@@ -82,7 +82,9 @@ func (m *machine) toGuest(n int, size func(i int) int) {
 func (m *machine) wants(frame []byte) {
 	m.Helper()
 	hdr, got, err := m.Recv(0, patience)
-	must(m, err)
+	if err != nil {
+		m.Fatalf("%v: %+v, %+v", err, m.dev.Stats(), m.be.Stats().Queues[0])
+	}
 	if !bytes.Equal(got, frame) {
 		m.Fatalf("received %d bytes, want others, %d\n got %.32x\nwant %.32x", len(got), len(frame), got, frame)
 	}

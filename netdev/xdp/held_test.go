@@ -242,8 +242,8 @@ func TestQueues(t *testing.T) {
 			first := got[0]
 			m.Queues[2].Enable(false)
 			m.Queues[3].Enable(false)
-			if options != "" { // sockets that had lent are replaced
-				vhosttest.Eventually(t, "sockets", func() bool { return m.sendAndSee() })
+			if st := m.dev.Stats(); options != "" && st.InPlace == 0 || st.Unruly > 0 {
+				t.Errorf("%+v", st)
 			}
 			send()
 			collect()
@@ -252,20 +252,6 @@ func TestQueues(t *testing.T) {
 			}
 		})
 	}
-}
-
-// sendAndSee reports whether a frame for every queue arrives at pair 0.
-func (m *machine) sendAndSee() bool {
-	n := 0
-	for i := range 16 {
-		f, _ := datagram(50, uint32(i))
-		binary.BigEndian.PutUint16(f[34:], uint16(1000+i))
-		m.far.send(f)
-		if _, _, err := m.Recv(0, 20e6); err == nil {
-			n++
-		}
-	}
-	return n == 16
 }
 
 // TestRefusals: what cannot be is said at Open, and leaves nothing behind.

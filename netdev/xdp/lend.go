@@ -8,14 +8,22 @@ import (
 // takeInPlace is take for frames that the kernel has written into the guest's buffers already.
 func (b *binding) takeInPlace(p *zerocopy.Posted, limit int) (n int, idle, disorder bool) {
 	b.reckon(p, false)
-	n, used, idle, disorder := b.pickUp(p, limit)
-	if used > 0 {
-		b.sock.Rx.Release(used)
+	for {
+		var m, used int
+		m, used, idle, disorder = b.pickUp(p, limit-n)
+		n += m
+		if used > 0 {
+			b.sock.Rx.Release(used)
+			b.reckon(p, false)
+		}
+		if n == limit || idle || disorder {
+			return n, idle, disorder
+		}
+		// The guest had posted too little. What it has posted since is lent now, and nobody would tell of it again.
+		if b.reckon(p, true); b.recv.tied == 0 {
+			return n, false, false
+		}
 	}
-	if stalled := n < limit && !idle && !disorder; used > 0 || stalled {
-		b.reckon(p, stalled)
-	}
-	return n, idle, disorder
 }
 
 // pickUp gives the guest up to limit frames, from used entries of the Rx ring. Each entry belongs to the first of places. It reports disorder when that is

@@ -21,11 +21,10 @@ const (
 // shaper is a receiveq whose buffers a test shapes.
 type shaper struct {
 	*machine
-	q     *vhosttest.Queue
-	mem   []byte
-	next  int
-	bufs  map[uint16][]vhosttest.Piece
-	taken int
+	q    *vhosttest.Queue
+	mem  []byte
+	next int
+	bufs map[uint16][]vhosttest.Piece
 }
 
 func newShaper(t *testing.T, device string, size uint64) *shaper {

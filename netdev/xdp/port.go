@@ -85,7 +85,7 @@ func (p *port) move(to *pair) error {
 	defer p.control.Unlock()
 	to.ports = append(to.ports, p)
 	for _, o := range to.ports {
-		o.lends.Store(len(to.ports) == 1)
+		o.lends.Store(len(to.ports) == 1 && o.unruly.Load() == 0)
 	}
 	from := p.owner
 	p.owner = to
@@ -94,6 +94,24 @@ func (p *port) move(to *pair) error {
 		return nil
 	}
 	return errors.Join(from.unwatch(b.sock.FD()), to.watch(b.sock.FD()))
+}
+
+// suit replaces a binding that lends although it may not any more, or does not although it might. No worker runs.
+func (p *port) suit() error {
+	p.control.Lock()
+	defer p.control.Unlock()
+	b := p.cur.Load()
+	if b == nil || !b.guest || b.way.zerocopy() || !b.single() || b.recv.inPlace == p.lends.Load() {
+		return nil
+	}
+	deadline := time.Now().Add(p.dev.opts.Drain)
+	if err := p.shut(deadline, nil); err != nil {
+		return err
+	}
+	if err := p.open(p.dev.way, p.dev.memory(), deadline); err != nil && !errors.Is(err, unix.EBUSY) {
+		return err // else tend goes on trying
+	}
+	return nil
 }
 
 // orphan ends the binding if it refers to guests' pages. It is called by the transmitq's side.

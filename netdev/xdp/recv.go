@@ -37,16 +37,19 @@ type place struct {
 	chunk bool   // private memory; with a chain it stands in for that
 }
 
-// prepareRecv gives the kernel chunks to receive into, or keeps them for when a chain has to be stood in for.
+// prepareRecv gives the kernel chunks to receive into. In place it is some only, as the worker, who may be asleep, has to hear of the first frames.
 func (b *binding) prepareRecv() {
 	r := &b.recv
 	r.inPlace = b.headroom > 0
 	for i := range ringSize {
-		if r.inPlace {
-			r.idle = append(r.idle, uint64(i*b.chunk))
+		if addr := uint64(i * b.chunk); r.inPlace {
+			r.idle = append(r.idle, addr)
 		} else {
-			b.sock.Fill.Add(uint64(i * b.chunk))
+			b.sock.Fill.Add(addr)
 		}
+	}
+	for r.inPlace && b.waiting() < lowWater {
+		b.addPlace(nil)
 	}
 	b.sock.Fill.Publish()
 	b.wakeFill()
