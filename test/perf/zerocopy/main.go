@@ -38,6 +38,9 @@
 // Not counted: kernel threads other than ksoftirqd (shown as kthreads, of the whole machine), softirqs that interrupt somebody else on
 // that processor, and what the guest's processor does. The cross-check is the tick-counted busy time of vhostd's processor (busy).
 //
+// On a machine that is never quiet, many short turns (-seconds 0.2 -pairs 15) and the column "of least" say more than long ones: the quotient of
+// the least figures of the two modes, which fell into the quietest moments.
+//
 // A turn is noisy when the hypervisor stole time, when somebody else ran on vhostd's processor or kept the guest from its own. It is repeated a few times; a
 // turn that stays noisy counts, and is marked.
 //
