@@ -8,7 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"golang.org/x/sys/unix"
+	"github.com/vhostd/vhostd/internal/sys"
 )
 
 // errFault is what an access to guest memory ends in when the file behind it has been truncated.
@@ -36,13 +36,12 @@ func faultOf(r any) error {
 	panic(r)
 }
 
-// nonblocking makes reads and writes of the front-end's descriptor return at once, whatever it is; -1 is none. The flag belongs to the open
-// file, but a front-end has no use for a notification that blocks.
-func nonblocking(fd int) error {
+// checkNotifier refuses a descriptor that could keep a worker waiting; -1 is none.
+func checkNotifier(fd int) error {
 	if fd < 0 {
 		return nil
 	}
-	return unix.SetNonblock(fd, true)
+	return sys.Notifier(fd)
 }
 
 // procs counts the workers: each may spin on a processor of Go's scheduler, and the control side must not have to wait for one.

@@ -65,7 +65,8 @@ func TestF18Descriptors(t *testing.T) {
 			unix.Write(fd, u64(math.MaxUint64-1))
 			return fd
 		},
-		"memory file": func(*testing.T) int { return must(unix.MemfdCreate("notification", unix.MFD_CLOEXEC)) },
+		"device that is always ready": func(*testing.T) int { return must(unix.Open("/dev/zero", unix.O_RDWR|unix.O_CLOEXEC, 0)) },
+		"memory file":                 func(*testing.T) int { return must(unix.MemfdCreate("notification", unix.MFD_CLOEXEC)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			e := attack(t, vhosttest.Options{Without: virtio.FEventIdx})
@@ -138,4 +139,19 @@ func pipe(t *testing.T) (r, w int) {
 	}
 	t.Cleanup(func() { unix.Close(p[0]); unix.Close(p[1]) })
 	return p[0], p[1]
+}
+
+// A file could be one whose owner answers a poll when he likes, and stops the worker until then: it is refused.
+func TestF18FilesAreRefused(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	e := attack(t, vhosttest.Options{})
+	fd := must(unix.MemfdCreate("notification", unix.MFD_CLOEXEC))
+	defer unix.Close(fd)
+	for _, set := range []func(uint32, int) error{e.FE.SetVringKick, e.FE.SetVringCall, e.FE.SetVringErr} {
+		var nack *vhostuser.NACKError
+		if err := set(1, fd); !errors.As(err, &nack) {
+			t.Errorf("a memory file to notify with: %v", err)
+		}
+	}
+	e.works(t)
 }

@@ -172,7 +172,7 @@ func (s *session) GetVringBase(index int) (uint32, error) {
 // SetVringKick implements vhostuser.Handler.
 func (s *session) SetVringKick(index int, fd int) error {
 	q := s.queues[index]
-	if err := nonblocking(fd); err != nil {
+	if err := checkNotifier(fd); err != nil {
 		vhostuser.CloseFDs([]int{fd})
 		return fmt.Errorf("kick of queue %d: %w", index, err)
 	}
@@ -187,7 +187,7 @@ func (s *session) SetVringKick(index int, fd int) error {
 // SetVringCall implements vhostuser.Handler. What was owed to the old descriptor is owed to the new one: the driver may wait for it.
 func (s *session) SetVringCall(index int, fd int) error {
 	q := s.queues[index]
-	if err := nonblocking(fd); err != nil {
+	if err := checkNotifier(fd); err != nil {
 		vhostuser.CloseFDs([]int{fd})
 		return fmt.Errorf("call of queue %d: %w", index, err)
 	}
@@ -201,7 +201,7 @@ func (s *session) SetVringCall(index int, fd int) error {
 // SetVringErr implements vhostuser.Handler.
 func (s *session) SetVringErr(index int, fd int) error {
 	q := s.queues[index]
-	if err := nonblocking(fd); err != nil {
+	if err := checkNotifier(fd); err != nil {
 		vhostuser.CloseFDs([]int{fd})
 		return fmt.Errorf("error descriptor of queue %d: %w", index, err)
 	}
