@@ -19,7 +19,7 @@ const (
 	// DefaultZeroCopyMin in bytes lies between the sizes from which a send without a copy took less CPU here than one with: 3 KiB
 	// of memory that is in no cache, and 8 KiB of memory that is.
 	DefaultZeroCopyMin = 4096
-	// DefaultMsgZeroCopyMin is the same for MSG_ZEROCOPY: 5 KiB of cold memory, and 9 to 32 KiB of warm memory.
+	// DefaultMsgZeroCopyMin is where a send of cold memory took as much CPU as a copy, with MSG_ZEROCOPY (docs/perf/2026-11-22-msg-zerocopy.md).
 	DefaultMsgZeroCopyMin = 8192
 	// DefaultRegisteredMin is the same for memory that is registered.
 	DefaultRegisteredMin   = 1536
