@@ -139,18 +139,6 @@ func (d *Device) zerocopy() string {
 	return "no copy by vhostd, one by the kernel: the driver has no zero-copy AF_XDP"
 }
 
-// Attached says how the device is attached, for people: "native, zero-copy".
-func (d *Device) Attached() string {
-	where, how := "generic", "copy"
-	if d.prog.native {
-		where = "native"
-	}
-	if d.way.zerocopy() {
-		how = "zero-copy"
-	}
-	return where + ", " + how
-}
-
 // Stats are what a Device counts beside netdev.Counters.
 type Stats struct {
 	InPlace uint64 // frames that the kernel wrote into the guest's buffers itself

@@ -196,8 +196,8 @@ func (q *pair) check() error {
 			if err := b.sock.Err(); err != nil {
 				return fmt.Errorf("%s: queue %d: %w", p.dev, p.queue, err)
 			}
-		} else if err := p.failed.Load(); err != nil {
-			return fmt.Errorf("%s: %w", p.dev, *err)
+		} else if err := p.failed.Load(); err != nil && errors.Is(*err, unix.ENODEV) {
+			return fmt.Errorf("%s: %w", p.dev, *err) // what else stands in the way may pass: tend goes on trying
 		}
 	}
 	return nil
