@@ -76,6 +76,7 @@ type Config struct {
 	Duration  time.Duration // that is measured
 	WarmUp    time.Duration // before that
 	Verify    bool          // with Echo: make, number and check all bytes
+	LostAfter time.Duration // with Echo: how long nothing may come back before what is under way is lost; 0: 1 s
 	Patience  time.Duration // how long the back-end may do nothing; 0: 10 s
 
 	Huge bool // memory of huge pages, 2 MiB each
@@ -111,7 +112,7 @@ func (c Config) Check() error {
 		return fmt.Errorf("chains of %d descriptors, must be 1 to %d", c.Chain, min(maxChain, c.Size))
 	case c.Indirect && c.Chain < 2:
 		return errors.New("indirect chains have at least 2 descriptors")
-	case c.Duration <= 0 || c.WarmUp < 0 || c.Patience < 0:
+	case c.Duration <= 0 || c.WarmUp < 0 || c.Patience < 0 || c.LostAfter < 0:
 		return fmt.Errorf("measuring for %v after %v, with patience for %v", c.Duration, c.WarmUp, c.Patience)
 	case c.Cold < 0:
 		return fmt.Errorf("buffers spread over %d bytes", c.Cold)

@@ -5,11 +5,13 @@ import (
 	"time"
 )
 
-// How long nothing may come back before the frames that are under way count as lost: while frames are sent, and after the last.
-const (
-	lostAfter   = time.Second
-	settleAfter = 100 * time.Millisecond
-)
+// lostAfter is how long nothing may come back before the frames that are under way count as lost.
+func (c Config) lostAfter() time.Duration {
+	if c.LostAfter > 0 {
+		return c.LostAfter
+	}
+	return time.Second
+}
 
 // under is how many frames are under way.
 func (e *engine) under() int { return int(e.number - e.back - e.given) }
@@ -76,7 +78,7 @@ func (e *engine) settle() error {
 		}
 		if worked {
 			e.moved = e.now
-		} else if err := e.stuck(settleAfter); err != nil {
+		} else if err := e.stuck(); err != nil {
 			return err
 		}
 	}

@@ -100,7 +100,7 @@ func (e *engine) run(d time.Duration) (ran time.Duration, err error) {
 		}
 		if worked {
 			e.moved = e.now
-		} else if err := e.stuck(lostAfter); err != nil {
+		} else if err := e.stuck(); err != nil {
 			return 0, err
 		}
 		if e.now >= from+d || e.quit.Load() {
@@ -109,10 +109,10 @@ func (e *engine) run(d time.Duration) (ran time.Duration, err error) {
 	}
 }
 
-// stuck tells whether nothing has moved for too long, and gives up frames that have not come back by the time lost.
-func (e *engine) stuck(lost time.Duration) error {
+// stuck tells whether nothing has moved for too long, and gives up frames that do not come back.
+func (e *engine) stuck() error {
 	quiet := e.now - e.moved
-	if e.c.Direction == Echo && e.under() > 0 && quiet > lost {
+	if e.c.Direction == Echo && e.under() > 0 && quiet > e.c.lostAfter() {
 		e.giveUp()
 	}
 	if quiet > e.c.patience() && (e.c.Rate == 0 || e.s.send.driver.Out() > 0) {

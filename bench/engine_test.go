@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/vhostd/vhostd/internal/shm"
+	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/virtio"
 )
 
@@ -156,8 +157,9 @@ func TestEchoCounts(t *testing.T) {
 	if r.htg != (Count{2, 200}) || r.foreign != 4 || r.under() != 2 {
 		t.Fatalf("%+v came back, %d of others, %d under way", r.htg, r.foreign, r.under())
 	}
-	r.moved, r.now = 0, 2*lostAfter
-	if err := r.stuck(lostAfter); err != nil || r.given != 2 || r.under() != 0 {
+	r.c.Patience = 10 * vhosttest.Patience
+	r.moved, r.now = 0, 2*r.c.lostAfter()
+	if err := r.stuck(); err != nil || r.given != 2 || r.under() != 0 {
 		t.Fatalf("%v, %d lost, %d under way", err, r.given, r.under())
 	}
 	late := r.sent(2)

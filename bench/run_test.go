@@ -106,6 +106,7 @@ func brief(change func(*Config)) Config {
 	c := DefaultConfig()
 	c.Duration, c.WarmUp = 25*time.Millisecond, 2*time.Millisecond
 	c.Window = 8
+	c.LostAfter, c.Patience = vhosttest.Patience, 2*vhosttest.Patience // no machine is so busy
 	change(&c)
 	return c
 }
@@ -294,7 +295,7 @@ func TestNothingMoves(t *testing.T) {
 		"full":           {full{nullDevice(t, null.Options{})}, func(*Config) {}, "it holds 256 chains of the transmitq"},
 		"no frames":      {nullDevice(t, null.Options{}), func(c *Config) { c.Direction = HostToGuest }, "generate=on"},
 		"no frames both": {nullDevice(t, null.Options{}), func(c *Config) { c.Direction = Both }, "generate=on"},
-		"no echo":        {nullDevice(t, null.Options{}), func(c *Config) { c.Direction, c.Patience = Echo, 0 }, "frames came back: does the back-end echo"},
+		"no echo":        {nullDevice(t, null.Options{}), func(c *Config) { c.Direction, c.Patience, c.LostAfter = Echo, 0, 100*time.Millisecond }, "frames came back: does the back-end echo"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cfg := brief(func(c *Config) { c.Patience = 50 * time.Millisecond })
