@@ -3,10 +3,13 @@ package packet
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/internal/netopt"
 )
 
 // Bounds of Options.
@@ -56,17 +59,14 @@ func (f Fanout) String() string {
 	return strconv.Itoa(int(f))
 }
 
-// keys are the options in a string, in the order in which they are listed to people.
-var keys = []struct {
-	name, value string
-	parse       func(*Options, string) error
-}{
-	{"queues", "N", func(o *Options, v string) (err error) { o.Queues, err = number(v, 1, MaxQueues); return }},
-	{"fanout", "hash|cpu|qm", parseFanout},
-	{"mtu", "BYTES", func(o *Options, v string) (err error) { o.MTU, err = number(v, MinMTU, MaxMTU); return }},
-	{"promisc", "on|off", func(o *Options, v string) error { on, err := onOff(v); o.NoPromisc = !on; return err }},
-	{"vnet-hdr", "on|off", func(o *Options, v string) error { on, err := onOff(v); o.NoVnetHdr = !on; return err }},
-	{"qdisc-bypass", "on|off", func(o *Options, v string) (err error) { o.QdiscBypass, err = onOff(v); return }},
+// keys are the options in a string.
+var keys = netopt.Keys[Options]{
+	{Name: "queues", Value: "N", Set: func(o *Options, v string) (err error) { o.Queues, err = netopt.Number(v, 1, MaxQueues); return }},
+	{Name: "fanout", Value: "hash|cpu|qm", Set: parseFanout},
+	{Name: "mtu", Value: "BYTES", Set: func(o *Options, v string) (err error) { o.MTU, err = netopt.Number(v, MinMTU, MaxMTU); return }},
+	{Name: "promisc", Value: "on|off", Set: func(o *Options, v string) error { on, err := netopt.OnOff(v); o.NoPromisc = !on; return err }},
+	{Name: "vnet-hdr", Value: "on|off", Set: func(o *Options, v string) error { on, err := netopt.OnOff(v); o.NoVnetHdr = !on; return err }},
+	{Name: "qdisc-bypass", Value: "on|off", Set: func(o *Options, v string) (err error) { o.QdiscBypass, err = netopt.OnOff(v); return }},
 }
 
 // ParseOptions reads the form of the command line, with or without the leading "packet:" : eth1,queues=2,fanout=hash.
@@ -82,56 +82,23 @@ func parse(s string) (o Options, err error) {
 	if s, _ = strings.CutPrefix(s, "packet:"); s == "packet" {
 		s = ""
 	}
-	seen := map[string]bool{}
-	for i, part := range strings.Split(s, ",") {
-		key, value, ok := strings.Cut(part, "=")
-		switch {
-		case i == 0:
-			o.Interface = part
-			continue
-		case !ok:
-			return o, fmt.Errorf("%q: want KEY=VALUE, of %s", part, knownKeys())
-		case seen[key]:
-			return o, fmt.Errorf("%s is given twice", key)
-		}
-		seen[key] = true
-		if err := o.set(key, value); err != nil {
-			return o, err
-		}
+	parts := strings.Split(s, ",")
+	o.Interface = parts[0]
+	given, err := keys.Parse(&o, slices.Values(parts[1:]))
+	if err != nil {
+		return o, err
 	}
-	if seen["fanout"] && o.Queues < 2 {
+	if given["fanout"] && o.Queues < 2 {
 		return o, errors.New("fanout= is for several queue pairs: add queues=N")
 	}
 	return o, o.check()
 }
 
-func (o *Options) set(key, value string) error {
-	for _, k := range keys {
-		if k.name != key {
-			continue
-		}
-		if err := k.parse(o, value); err != nil {
-			return fmt.Errorf("%s=%s: %w", key, value, err)
-		}
-		return nil
-	}
-	return fmt.Errorf("unknown key %q: known are %s", key, knownKeys())
-}
-
-func knownKeys() string {
-	var list []string
-	for _, k := range keys {
-		list = append(list, k.name+"="+k.value)
-	}
-	return strings.Join(list, ", ")
-}
-
 // check holds Options that no string was parsed for to the same bounds.
 func (o *Options) check() error {
-	if err := checkName(o.Interface); err != nil {
-		return err
-	}
 	switch {
+	case !netopt.IsInterface(o.Interface):
+		return fmt.Errorf("%q is no interface name: want packet:NAME, of 1 to %d characters without blanks, slashes and colons", o.Interface, netopt.MaxInterface)
 	case o.Queues < 0 || o.Queues > MaxQueues:
 		return fmt.Errorf("%d queues: want 1 to %d", o.Queues, MaxQueues)
 	case o.MTU != 0 && (o.MTU < MinMTU || o.MTU > MaxMTU):
@@ -142,37 +109,11 @@ func (o *Options) check() error {
 	return nil
 }
 
-func number(s string, lo, hi int) (int, error) {
-	n, err := strconv.Atoi(s)
-	if err != nil || n < lo || n > hi {
-		return 0, fmt.Errorf("want a number from %d to %d", lo, hi)
-	}
-	return n, nil
-}
-
-func onOff(s string) (bool, error) {
-	switch s {
-	case "on":
-		return true, nil
-	case "off":
-		return false, nil
-	}
-	return false, errors.New("want on or off")
-}
-
 func parseFanout(o *Options, v string) error {
 	f, ok := fanouts[v]
 	if !ok {
 		return errors.New("want hash, cpu or qm")
 	}
 	o.Fanout = f
-	return nil
-}
-
-// checkName holds a name to the kernel's rule for interfaces (dev_valid_name).
-func checkName(s string) error {
-	if s == "" || len(s) >= unix.IFNAMSIZ || s == "." || s == ".." || strings.ContainsAny(s, "/: \t\n\v\f\r") {
-		return fmt.Errorf("%q is no interface name: want packet:NAME, of 1 to %d characters without blanks, slashes and colons", s, unix.IFNAMSIZ-1)
-	}
 	return nil
 }

@@ -5,10 +5,9 @@ import (
 	"fmt"
 	"net"
 	"slices"
-	"strconv"
 	"strings"
 
-	"golang.org/x/sys/unix"
+	"github.com/vhostd/vhostd/internal/netopt"
 )
 
 // Bounds of Options.
@@ -52,21 +51,18 @@ const (
 	BatchNever                  // a system call for every frame
 )
 
-// keys are the options in a string, in the order in which they are listed to people.
-var keys = []struct {
-	name, value string
-	parse       func(*Options, string) error
-}{
-	{"queues", "N", func(o *Options, v string) (err error) { o.Queues, err = number(v, 1, MaxQueues); return }},
-	{"bridge", "NAME", func(o *Options, v string) error { o.Bridge = v; return checkName(v) }},
-	{"mtu", "BYTES", func(o *Options, v string) (err error) { o.MTU, err = number(v, MinMTU, MaxMTU); return }},
-	{"mac", "ADDRESS", parseMAC},
-	{"up", "on|off", func(o *Options, v string) error { up, err := onOff(v); o.Up = &up; return err }},
-	{"persist", "on|off", func(o *Options, v string) (err error) { o.Persist, err = onOff(v); return }},
-	{"io-uring", "auto|on|off", parseBatching},
-	{"fd", "N", parseFDs},
-	{"fds", "N:N...", parseFDs},
-	{"macvtap", "/dev/tapN|NAME", func(o *Options, v string) error { o.Macvtap = v; return checkMacvtap(v) }},
+// keys are the options in a string.
+var keys = netopt.Keys[Options]{
+	{Name: "queues", Value: "N", Set: func(o *Options, v string) (err error) { o.Queues, err = netopt.Number(v, 1, MaxQueues); return }},
+	{Name: "bridge", Value: "NAME", Set: func(o *Options, v string) error { o.Bridge = v; return netopt.CheckInterface(v) }},
+	{Name: "mtu", Value: "BYTES", Set: func(o *Options, v string) (err error) { o.MTU, err = netopt.Number(v, MinMTU, MaxMTU); return }},
+	{Name: "mac", Value: "ADDRESS", Set: parseMAC},
+	{Name: "up", Value: "on|off", Set: func(o *Options, v string) error { up, err := netopt.OnOff(v); o.Up = &up; return err }},
+	{Name: "persist", Value: "on|off", Bare: "on", Set: func(o *Options, v string) (err error) { o.Persist, err = netopt.OnOff(v); return }},
+	{Name: "io-uring", Value: "auto|on|off", Set: parseBatching},
+	{Name: "fd", Value: "N", Set: parseFDs},
+	{Name: "fds", Value: "N:N...", Set: parseFDs},
+	{Name: "macvtap", Value: "/dev/tapN|NAME", Set: func(o *Options, v string) error { o.Macvtap = v; return checkMacvtap(v) }},
 }
 
 // ParseOptions reads the form of the command line, with or without the leading "tap:" : vnet0,bridge=br0,mtu=9000,queues=2.
@@ -83,54 +79,18 @@ func parse(s string) (o Options, err error) {
 	if s == "tap" || s == "" {
 		return o, nil
 	}
-	seen := map[string]bool{}
-	for i, part := range strings.Split(s, ",") {
-		key, value, ok := strings.Cut(part, "=")
-		switch {
-		case i == 0 && !ok:
-			o.Name = part
-			if err := checkName(part); err != nil {
-				return o, err
-			}
-			continue
-		case !ok && key == "persist":
-			value = "on"
-		case !ok:
-			return o, fmt.Errorf("%q: want KEY=VALUE, of %s", part, knownKeys())
-		}
-		if seen[key] {
-			return o, fmt.Errorf("%s is given twice", key)
-		}
-		seen[key] = true
-		if err := o.set(key, value); err != nil {
+	parts := strings.Split(s, ",")
+	if !strings.Contains(parts[0], "=") {
+		o.Name = parts[0]
+		if err := netopt.CheckInterface(o.Name); err != nil {
 			return o, err
 		}
+		parts = parts[1:]
+	}
+	if _, err := keys.Parse(&o, slices.Values(parts)); err != nil {
+		return o, err
 	}
 	return o, o.check()
-}
-
-func (o *Options) set(key, value string) error {
-	for _, k := range keys {
-		if k.name != key {
-			continue
-		}
-		if err := k.parse(o, value); err != nil {
-			return fmt.Errorf("%s=%s: %w", key, value, err)
-		}
-		return nil
-	}
-	return fmt.Errorf("unknown key %q: known are %s", key, knownKeys())
-}
-
-func knownKeys() string {
-	var b strings.Builder
-	for i, k := range keys {
-		if i > 0 {
-			b.WriteString(", ")
-		}
-		b.WriteString(k.name + "=" + k.value)
-	}
-	return b.String()
 }
 
 // check looks for what contradicts itself.
@@ -152,24 +112,6 @@ func (o *Options) check() error {
 		return errors.New("a macvtap persists by itself: leave persist out")
 	}
 	return nil
-}
-
-func number(s string, lo, hi int) (int, error) {
-	n, err := strconv.Atoi(s)
-	if err != nil || n < lo || n > hi {
-		return 0, fmt.Errorf("want a number from %d to %d", lo, hi)
-	}
-	return n, nil
-}
-
-func onOff(s string) (bool, error) {
-	switch s {
-	case "on":
-		return true, nil
-	case "off":
-		return false, nil
-	}
-	return false, errors.New("want on or off")
 }
 
 func parseBatching(o *Options, v string) error {
@@ -198,7 +140,7 @@ func parseFDs(o *Options, v string) error {
 		return errors.New("give either fd= or fds=")
 	}
 	for s := range strings.SplitSeq(v, ":") {
-		fd, err := number(s, 0, 1<<20)
+		fd, err := netopt.Number(s, 0, 1<<20)
 		if err != nil {
 			return errors.New("want descriptor numbers, with colons between them")
 		}
@@ -214,13 +156,5 @@ func checkMacvtap(v string) error {
 	if strings.HasPrefix(v, "/") {
 		return nil
 	}
-	return checkName(v)
-}
-
-// checkName holds a name to the kernel's rule for interfaces (dev_valid_name).
-func checkName(s string) error {
-	if s == "" || len(s) >= unix.IFNAMSIZ || s == "." || s == ".." || strings.ContainsAny(s, "/: \t\n\v\f\r") {
-		return fmt.Errorf("%q is no interface name: want 1 to %d characters without blanks, slashes and colons", s, unix.IFNAMSIZ-1)
-	}
-	return nil
+	return netopt.CheckInterface(v)
 }
