@@ -52,6 +52,7 @@ func (q *queue) openRing() error {
 	cfg := vring.Config{
 		Size: q.setup.size, Desc: desc, Avail: avail, Used: used, Features: q.feat, Base: uint16(q.base()),
 		UsedBase: uint16(q.base() >> 16), // of a packed ring; memory does not tell it
+		ReadOnly: q.fromGuest,
 	}
 	if q.ring, err = vring.NewDevice(cfg, guestmem.NewView(q.s.table, nil)); err != nil {
 		return err

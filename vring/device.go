@@ -20,6 +20,11 @@ type Config struct {
 	LogUsed           bool         // tell the dirty log of writes to the ring
 	Features          virtio.Features
 
+	// ReadOnly: the device never writes into this queue's buffers, as of a transmitq. In indirect tables of a packed ring the flag that says otherwise
+	// is not heeded then: DPDK's driver (22.11 for one) leaves it on the virtio-net header of a frame in several pieces, and no back-end of its
+	// acquaintance looks.
+	ReadOnly bool
+
 	// Base is the index of the first available entry to pop, as in SET_VRING_BASE. Of a packed ring it is an offset in bits 0 to 14 and a
 	// wrap counter in bit 15, and UsedBase is the same for used descriptors: what lies between the two was popped by an earlier back-end
 	// that did not return it. If the descriptor at UsedBase is available still, popping starts there; else UsedBase is not heeded.

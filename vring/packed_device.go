@@ -20,6 +20,7 @@ type packedDevice struct {
 	order  []uint16 // buffer ids in the order in which they were popped: a ring, by Device.next
 	used   place    // where the next used descriptor goes
 	event  uint32   // what deviceEvent was last set to
+	table  uint16   // the flags that are heeded in an indirect table
 }
 
 // noPhase is what no descriptor's flags are when masked.
@@ -38,6 +39,10 @@ func (d *Device) openPacked(cfg Config) (*Device, error) {
 	}
 	p := &packedDevice{
 		packedParts: parts, size: uint32(n), counts: make([]uint16, n), order: make([]uint16, int(d.mask)+1), event: ^uint32(0),
+		table: virtio.DescWrite,
+	}
+	if cfg.ReadOnly {
+		p.table = 0
 	}
 	if next != used && !p.isAvailable(used) {
 		used = next // all were returned; or the front-end does not know the used index
@@ -189,7 +194,7 @@ func (d *Device) addPacked(c *Chain, desc virtio.PackedDesc, first bool) bool {
 	}
 	table := d.table(plain(desc))
 	for i := range table {
-		if !d.add(c, tableEntry(table[i])) {
+		if !d.add(c, tableEntry(table[i], d.packed.table)) {
 			return false
 		}
 	}
@@ -197,10 +202,10 @@ func (d *Device) addPacked(c *Chain, desc virtio.PackedDesc, first bool) bool {
 }
 
 // tableEntry makes an entry of a packed ring's indirect table, read as if it were a split ring's, what it is: there, the id and all
-// flags but WRITE are reserved and ignored (virtio-v1.2 §2.8.7).
-func tableEntry(d virtio.Desc) virtio.Desc {
+// flags but WRITE are reserved and ignored (virtio-v1.2 §2.8.7); heeded says which are not.
+func tableEntry(d virtio.Desc, heeded uint16) virtio.Desc {
 	flags := d.Next // the last 16 bits are the flags, those before them the id
-	return virtio.Desc{Addr: d.Addr, Len: d.Len, Flags: flags & virtio.DescWrite}
+	return virtio.Desc{Addr: d.Addr, Len: d.Len, Flags: flags & heeded}
 }
 
 // unpopPacked is Unpop of n chains.

@@ -164,6 +164,22 @@ func TestG04PackedIndirect(t *testing.T) {
 	})
 }
 
+// TestPackedReadOnlyTable: in a queue whose buffers nobody writes to, a table's entry that says otherwise is readable all the same.
+func TestPackedReadOnlyTable(t *testing.T) {
+	r := newRig(t, 15, packed|virtio.FIndirectDesc)
+	r.cfg.ReadOnly = true
+	dev, err := NewDevice(r.cfg, guestmem.NewView(r.table, nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.dev = dev
+	id := r.add([]Buf{r.buf(0, 12), r.buf(100, 10), r.buf(200, 20)}, nil)
+	r.drv.RawTable(id)[0].Next = write
+	if c := r.pop(Popped); c.Readable != 3 || c.ReadLen != 42 || c.WriteLen != 0 {
+		t.Errorf("%d segments of %d readable bytes, %d writable", c.Readable, c.ReadLen, c.WriteLen)
+	}
+}
+
 // TestG04PackedTableAcrossRegions: such a table is legal, as is one that is not aligned.
 func TestG04PackedTableAcrossRegions(t *testing.T) {
 	for _, off := range []int{-16, -24, -8, -3, -31, -512, -33} {
