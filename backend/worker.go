@@ -143,7 +143,8 @@ func (q *queue) armTransmit() step {
 	} else if q.window.Pending() < q.ring.Size() && q.ring.EnableKick() {
 		return again
 	}
-	if c, ok := q.dev.(netdev.Completer); ok && q.window.Pending() > 0 {
+	// A device that is full says when it has got room for many: frames that are done with one by one would wake the worker for each.
+	if c, ok := q.dev.(netdev.Completer); ok && q.window.Pending() > 0 && q.waits.device < 0 {
 		q.waits.reap = c.CompletionFD()
 	}
 	q.window.Sleep()
