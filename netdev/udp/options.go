@@ -5,12 +5,10 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/vhostd/vhostd/internal/netopt"
 	"github.com/vhostd/vhostd/netdev"
 )
 
@@ -57,32 +55,37 @@ type Options struct {
 	NoBalloon bool
 }
 
-// keys are the options in a string, in the order in which they are listed to people.
-var keys = []struct {
-	name, value string
-	modes       []Mode
-	parse       func(*Options, string) error
-}{
-	{"vni", "N", tunnels, func(o *Options, v string) error { n, err := number(v, 0, maxVNI); o.VNI = uint32(n); return err }},
-	{"local", "ADDR[:PORT]", all, func(o *Options, v string) (err error) { o.Local, err = address(v); return }},
-	{"remote", "ADDR[:PORT][;ADDR...]", all, parseRemotes},
-	{"port", "N", tunnels, parsePort},
-	{"dev", "NAME", all, func(o *Options, v string) error { o.Dev = v; return checkName(v) }},
-	{"mtu", "BYTES", all, func(o *Options, v string) (err error) { o.MTU, err = number(v, minMTU, maxMTU); return }},
-	{"ttl", "HOPS", tunnels, func(o *Options, v string) (err error) { o.TTL, err = number(v, 1, 255); return }},
-	{"learning", "on|off", tunnels, parseLearning},
-	{"ports", "N", tunnels, func(o *Options, v string) (err error) { o.Ports, err = number(v, 1, maxPorts); return }},
-	{"zerocopy", "auto|on|off", all, parsePolicy},
-	{"zerocopy-min", "BYTES", all, func(o *Options, v string) (err error) { o.ZeroCopyMin, err = number(v, 1, 65535); return }},
-	{"zerocopy-pending", "N", all, func(o *Options, v string) (err error) { o.ZeroCopyPending, err = number(v, 1, maxPending); return }},
-	{"zerocopy-engine", "auto|io_uring|msg_zerocopy", all, parseEngine},
-	{"no-balloon", "on|off", all, func(o *Options, v string) (err error) { o.NoBalloon, err = onOff(v); return }},
+// keys are the options in a string.
+var keys = netopt.Keys[Options]{
+	{Name: "vni", Value: "N", Set: func(o *Options, v string) error { n, err := netopt.Number(v, 0, maxVNI); o.VNI = uint32(n); return err }},
+	{Name: "local", Value: "ADDR[:PORT]", Set: func(o *Options, v string) (err error) { o.Local, err = address(v); return }},
+	{Name: "remote", Value: "ADDR[:PORT][;ADDR...]", Many: true, Set: parseRemotes},
+	{Name: "port", Value: "N", Set: parsePort},
+	{Name: "dev", Value: "NAME", Set: func(o *Options, v string) error { o.Dev = v; return netopt.CheckInterface(v) }},
+	{Name: "mtu", Value: "BYTES", Set: func(o *Options, v string) (err error) { o.MTU, err = netopt.Number(v, minMTU, maxMTU); return }},
+	{Name: "ttl", Value: "HOPS", Set: func(o *Options, v string) (err error) { o.TTL, err = netopt.Number(v, 1, 255); return }},
+	{Name: "learning", Value: "on|off", Set: parseLearning},
+	{Name: "ports", Value: "N", Set: func(o *Options, v string) (err error) { o.Ports, err = netopt.Number(v, 1, maxPorts); return }},
+	{Name: "zerocopy", Value: "auto|on|off", Set: parsePolicy},
+	{Name: "zerocopy-min", Value: "BYTES", Set: func(o *Options, v string) (err error) { o.ZeroCopyMin, err = netopt.Number(v, 1, 65535); return }},
+	{Name: "zerocopy-pending", Value: "N", Set: func(o *Options, v string) (err error) {
+		o.ZeroCopyPending, err = netopt.Number(v, 1, maxPending)
+		return
+	}},
+	{Name: "zerocopy-engine", Value: "auto|io_uring|msg_zerocopy", Set: parseEngine},
+	{Name: "no-balloon", Value: "on|off", Set: func(o *Options, v string) (err error) { o.NoBalloon, err = netopt.OnOff(v); return }},
 }
 
-var (
-	tunnels = []Mode{VXLAN, Geneve}
-	all     = []Mode{VXLAN, Geneve, Dgram}
-)
+// ofTunnels are those that Dgram has not.
+var ofTunnels = []string{"vni", "port", "ttl", "learning", "ports"}
+
+// keys are those of a mode.
+func (m Mode) keys() netopt.Keys[Options] {
+	if m != Dgram {
+		return keys
+	}
+	return slices.DeleteFunc(slices.Clone(keys), func(k netopt.Key[Options]) bool { return slices.Contains(ofTunnels, k.Name) })
+}
 
 // ParseOptions reads the form of the command line:
 //
@@ -98,7 +101,7 @@ func ParseOptions(s string) (Options, error) {
 
 func parse(s string) (o Options, err error) {
 	name, rest, _ := strings.Cut(s, ":")
-	for _, m := range all {
+	for _, m := range []Mode{VXLAN, Geneve, Dgram} {
 		if m.String() == name {
 			o.Mode = m
 		}
@@ -106,51 +109,15 @@ func parse(s string) (o Options, err error) {
 	if o.Mode == 0 {
 		return o, fmt.Errorf("unknown mode %q: known are vxlan, geneve and dgram", name)
 	}
-	seen := map[string]bool{}
-	for part := range strings.SplitSeq(rest, ",") {
-		key, value, ok := strings.Cut(part, "=")
-		switch {
-		case part == "":
-			continue
-		case !ok:
-			return o, fmt.Errorf("%q: want KEY=VALUE, of %s", part, o.Mode.known())
-		case seen[key] && key != "remote":
-			return o, fmt.Errorf("%s is given twice", key)
-		}
-		seen[key] = true
-		if err := o.set(key, value); err != nil {
-			return o, err
-		}
+	given, err := o.Mode.keys().Parse(&o, netopt.Split(rest))
+	if err != nil {
+		return o, err
 	}
-	if o.Mode != Dgram && !seen["vni"] {
+	if o.Mode != Dgram && !given["vni"] {
 		return o, fmt.Errorf("vni=N is missing: the number of the network, 0 to %d", maxVNI)
 	}
 	_, err = o.complete()
 	return o, err
-}
-
-func (o *Options) set(key, value string) error {
-	for _, k := range keys {
-		if k.name != key || !slices.Contains(k.modes, o.Mode) {
-			continue
-		}
-		if err := k.parse(o, value); err != nil {
-			return fmt.Errorf("%s=%s: %w", key, value, err)
-		}
-		return nil
-	}
-	return fmt.Errorf("unknown key %q: known are %s", key, o.Mode.known())
-}
-
-// known lists the keys of a mode.
-func (m Mode) known() string {
-	var list []string
-	for _, k := range keys {
-		if slices.Contains(k.modes, m) {
-			list = append(list, k.name+"="+k.value)
-		}
-	}
-	return strings.Join(list, ", ")
 }
 
 // complete returns o with what was left out, unless something contradicts itself.
@@ -236,14 +203,6 @@ func (o *Options) least(def int) int {
 	return def
 }
 
-func number(s string, lo, hi int) (int, error) {
-	n, err := strconv.Atoi(s)
-	if err != nil || n < lo || n > hi {
-		return 0, fmt.Errorf("want a number from %d to %d", lo, hi)
-	}
-	return n, nil
-}
-
 // address reads 10.0.0.1, 10.0.0.1:4789, fd00::1 and [fd00::1]:4789.
 func address(s string) (netip.AddrPort, error) {
 	if a, err := netip.ParseAddr(s); err == nil {
@@ -276,20 +235,13 @@ func parseRemotes(o *Options, v string) error {
 
 // parsePort sets the port that local= and remote= leave open. It may come before local=.
 func parsePort(o *Options, v string) error {
-	n, err := number(v, 1, 65535)
+	n, err := netopt.Number(v, 1, 65535)
 	o.Port = uint16(n)
 	return err
 }
 
-func onOff(v string) (bool, error) {
-	if v != "on" && v != "off" {
-		return false, errors.New("want on or off")
-	}
-	return v == "on", nil
-}
-
 func parseLearning(o *Options, v string) error {
-	on, err := onOff(v)
+	on, err := netopt.OnOff(v)
 	o.NoLearn = !on && err == nil
 	return err
 }
@@ -297,12 +249,4 @@ func parseLearning(o *Options, v string) error {
 func parsePolicy(o *Options, v string) (err error) {
 	o.ZeroCopy, err = netdev.ParsePolicy(v)
 	return err
-}
-
-// checkName holds a name to the kernel's rule for interfaces (dev_valid_name).
-func checkName(s string) error {
-	if s == "" || len(s) >= unix.IFNAMSIZ || s == "." || s == ".." || strings.ContainsAny(s, "/: \t\n\v\f\r") {
-		return fmt.Errorf("%q is no interface name: want 1 to %d characters without blanks, slashes and colons", s, unix.IFNAMSIZ-1)
-	}
-	return nil
 }
