@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/vhostd/vhostd/bench"
+	"github.com/vhostd/vhostd/internal/netopt"
 )
 
 // benchFlags are those of vhostd bench, as they were given.
@@ -101,10 +102,10 @@ func (f *benchFlags) settle(given func(name string) bool) (err error) {
 	default:
 		return fmt.Errorf("--ring %q: want split or packed", f.ring)
 	}
-	if f.Mergeable, err = onOff(f.mergeable); err != nil {
+	if f.Mergeable, err = netopt.OnOff(f.mergeable); err != nil {
 		return fmt.Errorf("--mrg-rxbuf %q: %w", f.mergeable, err)
 	}
-	if f.EventIdx, err = onOff(f.eventIdx); err != nil {
+	if f.EventIdx, err = netopt.OnOff(f.eventIdx); err != nil {
 		return fmt.Errorf("--event-idx %q: %w", f.eventIdx, err)
 	}
 	f.Direction = bench.Direction(f.direction)

@@ -8,7 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/internal/sys/uring"
-
+	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/netdev/tap"
 	"github.com/vhostd/vhostd/netdev/xdp"
 )
@@ -30,11 +30,15 @@ func checkPing() []finding {
 	return one(f, err, verdictWarn)
 }
 
-// checkTap passes on what package tap knows.
-func checkTap() []finding {
+func checkTap() []finding { return told("tap", tap.Check()) }
+
+func checkXDP() []finding { return told("xdp", xdp.Check()) }
+
+// told passes on what a device's package knows.
+func told(kind string, facts []netdev.Fact) []finding {
 	var all []finding
-	for _, fact := range tap.Check() {
-		f := finding{What: "--net tap: " + fact.What, Verdict: verdictOK, Detail: fact.Detail, Fix: fact.Fix}
+	for _, fact := range facts {
+		f := finding{What: "--net " + kind + ": " + fact.What, Verdict: verdictOK, Detail: fact.Detail, Fix: fact.Fix}
 		if !fact.OK {
 			f.Verdict = verdictWarn
 		}
@@ -113,17 +117,4 @@ func checkZeroCopySend() []finding {
 		f.Verdict, f.Detail, f.Meaning = verdictWarn, err.Error(), "where there is no io_uring either tunnels copy every frame; nothing else is lost"
 	}
 	return []finding{f}
-}
-
-// checkXDP passes on what package xdp knows.
-func checkXDP() []finding {
-	var all []finding
-	for _, fact := range xdp.Check() {
-		f := finding{What: "--net xdp: " + fact.What, Verdict: verdictOK, Detail: fact.Detail, Fix: fact.Fix}
-		if !fact.OK {
-			f.Verdict = verdictWarn
-		}
-		all = append(all, f)
-	}
-	return all
 }

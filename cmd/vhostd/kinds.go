@@ -5,6 +5,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/vhostd/vhostd/internal/netopt"
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/netdev/null"
 	"github.com/vhostd/vhostd/netdev/packet"
@@ -178,50 +179,35 @@ func openUDP(spec string, s *settings) (netdev.Device, error) {
 	return udp.Open(o)
 }
 
+// nullOptions are those of --net null.
+type nullOptions struct {
+	null.Options
+	echo bool
+}
+
+var nullKeys = netopt.Keys[nullOptions]{
+	{Name: "generate", Value: "on|off", Set: func(o *nullOptions, v string) (err error) { o.Generate, err = netopt.OnOff(v); return }},
+	{Name: "size", Value: "BYTES", Set: func(o *nullOptions, v string) (err error) { o.Size, err = strconv.Atoi(v); return }},
+	{Name: "count", Value: "N", Set: func(o *nullOptions, v string) (err error) { o.Count, err = strconv.ParseUint(v, 10, 64); return }},
+	{Name: "readheaders", Value: "on|off", Set: func(o *nullOptions, v string) (err error) { o.ReadHeaders, err = netopt.OnOff(v); return }},
+	{Name: "echo", Value: "on|off", Set: func(o *nullOptions, v string) (err error) { o.echo, err = netopt.OnOff(v); return }},
+}
+
 func openNull(spec string, s *settings) (netdev.Device, error) {
-	o := null.Options{Pairs: s.queues}
-	var echo bool
-	for part := range strings.SplitSeq(strings.TrimLeft(strings.TrimPrefix(spec, "null"), ":,"), ",") {
-		key, value, _ := strings.Cut(part, "=")
-		var err error
-		switch key {
-		case "":
-		case "generate":
-			o.Generate, err = onOff(value)
-		case "readheaders":
-			o.ReadHeaders, err = onOff(value)
-		case "echo":
-			echo, err = onOff(value)
-		case "size":
-			o.Size, err = strconv.Atoi(value)
-		case "count":
-			o.Count, err = strconv.ParseUint(value, 10, 64)
-		default:
-			err = fmt.Errorf("unknown option, known are generate, size, count, readheaders and echo")
-		}
-		if err != nil {
-			return nil, usagef("--net %q: %s: %w", spec, part, err)
-		}
+	none := null.Options{Pairs: s.queues}
+	o := nullOptions{Options: none}
+	if _, err := nullKeys.Parse(&o, netopt.Split(strings.TrimLeft(strings.TrimPrefix(spec, "null"), ":,"))); err != nil {
+		return nil, usagef("--net %q: %w", spec, err)
 	}
-	if echo {
-		if o != (null.Options{Pairs: s.queues}) {
+	if o.echo {
+		if o.Options != none {
 			return nil, usagef("--net %q: echo=on goes with no other option: all frames come from the guest, and their headers are read", spec)
 		}
 		return pair.NewLoop(pair.Options{Pairs: s.queues})
 	}
-	d, err := null.New(o)
+	d, err := null.New(o.Options)
 	if err != nil {
 		return nil, usagef("--net %q: %w", spec, err)
 	}
 	return d, nil
-}
-
-func onOff(s string) (bool, error) {
-	switch s {
-	case "on":
-		return true, nil
-	case "off":
-		return false, nil
-	}
-	return false, fmt.Errorf("want on or off")
 }

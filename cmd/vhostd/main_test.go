@@ -196,7 +196,7 @@ func TestUsage(t *testing.T) {
 		"run --socket-path s --net foo": `unknown kind "foo", known are user, tap, packet, xdp, null, vxlan, geneve, dgram`,
 		"run --socket-path s --net vxlan:remote=10.0.0.2":                                 "vni=N is missing",
 		"run --socket-path s --queues 2 --net dgram:local=127.0.0.1:1,remote=127.0.0.1:2": "dgram has one queue pair",
-		"run --socket-path s --net null,x":                                                "known are generate, size, count, readheaders and echo",
+		"run --socket-path s --net null,x":                                                `"x": want KEY=VALUE, of generate=on|off, size=BYTES`,
 		"run --socket-path s --net null,echo=on,size=100":                                 "echo=on goes with no other option",
 		"run --socket-path s --net null,size=9":                                           "must be 14 to",
 		"run --socket-path s --net null,generate=x":                                       "want on or off",

@@ -8,30 +8,23 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/internal/sys"
+	"github.com/vhostd/vhostd/netdev"
 )
 
-// Fact is something about this host that taps depend on.
-type Fact struct {
-	What   string // in a few words
-	OK     bool
-	Detail string // what was found
-	Fix    string // what to do when it is not OK, else ""
-}
-
 // Check finds out what this host can do for taps. It creates and changes nothing.
-func Check() []Fact {
-	facts := []Fact{checkNetAdmin()}
+func Check() []netdev.Fact {
+	facts := []netdev.Fact{checkNetAdmin()}
 	fd, err := openNode(sys.TunPath)
 	if err != nil {
-		return append(facts, Fact{What: sys.TunPath, Detail: errors.Unwrap(err).Error(), Fix: explainOpen(err, sys.TunPath)})
+		return append(facts, netdev.Fact{What: sys.TunPath, Detail: errors.Unwrap(err).Error(), Fix: explainOpen(err, sys.TunPath)})
 	}
 	defer unix.Close(fd)
-	facts = append(facts, Fact{What: sys.TunPath, OK: true, Detail: "opens"})
+	facts = append(facts, netdev.Fact{What: sys.TunPath, OK: true, Detail: "opens"})
 	return append(facts, checkFeatures(fd))
 }
 
-func checkFeatures(fd int) Fact {
-	f := Fact{What: "tap features"}
+func checkFeatures(fd int) netdev.Fact {
+	f := netdev.Fact{What: "tap features"}
 	flags, err := sys.TunFeatures(fd)
 	if err != nil {
 		f.Detail, f.Fix = fmt.Sprintf("TUNGETFEATURES: %v", err), "use a kernel that has it (2.6.27 or newer)"
@@ -59,8 +52,8 @@ func checkFeatures(fd int) Fact {
 }
 
 // checkNetAdmin looks for CAP_NET_ADMIN among the thread's effective capabilities.
-func checkNetAdmin() Fact {
-	f := Fact{What: "CAP_NET_ADMIN", Fix: "needed to create taps and to set them up: run as root, set AmbientCapabilities=CAP_NET_ADMIN in the " +
+func checkNetAdmin() netdev.Fact {
+	f := netdev.Fact{What: "CAP_NET_ADMIN", Fix: "needed to create taps and to set them up: run as root, set AmbientCapabilities=CAP_NET_ADMIN in the " +
 		"systemd unit, or make the tap beforehand: `ip tuntap add dev vnet0 mode tap user $USER vnet_hdr && ip link set vnet0 up`"}
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
@@ -72,5 +65,5 @@ func checkNetAdmin() Fact {
 		f.Detail = "not held: only taps made for this user can be used, as they are"
 		return f
 	}
-	return Fact{What: f.What, OK: true, Detail: "held"}
+	return netdev.Fact{What: f.What, OK: true, Detail: "held"}
 }

@@ -8,24 +8,17 @@ import (
 
 	"github.com/vhostd/vhostd/internal/shm"
 	"github.com/vhostd/vhostd/internal/sys/xsk"
+	"github.com/vhostd/vhostd/netdev"
 )
 
-// Fact is something about this host that the device depends on.
-type Fact struct {
-	What   string // in a few words
-	OK     bool
-	Detail string // what was found
-	Fix    string // what to do when it is not OK, else ""
-}
-
 // Check finds out what this host can do for AF_XDP. It attaches nothing.
-func Check() []Fact {
-	return []Fact{checkSocket(), checkProgram()}
+func Check() []netdev.Fact {
+	return []netdev.Fact{checkSocket(), checkProgram()}
 }
 
 // checkSocket makes a socket over a little memory, with what is used of the kernel where it has it.
-func checkSocket() Fact {
-	f := Fact{What: "AF_XDP sockets"}
+func checkSocket() netdev.Fact {
+	f := netdev.Fact{What: "AF_XDP sockets"}
 	try := func(unaligned bool, meta int) error {
 		arena, err := shm.NewArena(16 * xsk.MaxChunk)
 		if err != nil {
@@ -59,8 +52,8 @@ func checkSocket() Fact {
 }
 
 // checkProgram loads the program and its maps.
-func checkProgram() Fact {
-	f := Fact{What: "XDP programs"}
+func checkProgram() netdev.Fact {
+	f := netdev.Fact{What: "XDP programs"}
 	p := &program{}
 	err := p.load(AllQueues, 1, 1518)
 	frags := err == nil && p.frags

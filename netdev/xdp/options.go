@@ -4,12 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/vhostd/vhostd/internal/netopt"
 	"github.com/vhostd/vhostd/netdev"
 )
 
@@ -59,17 +57,14 @@ type Options struct {
 	Drain    time.Duration // that frames in flight are waited for, at most; 0 is DefaultDrain
 }
 
-// keys are the options in a string, in the order in which they are listed to people.
-var keys = []struct {
-	name, value string
-	parse       func(*Options, string) error
-}{
-	{"queue", "N", func(o *Options, v string) (err error) { o.Queue, err = number(v, 0, maxQueue); return }},
-	{"mode", strings.Join(modes, "|"), parseMode},
-	{"mtu", "BYTES", func(o *Options, v string) (err error) { o.MTU, err = number(v, minMTU, maxMTU); return }},
-	{"promisc", "on|off", func(o *Options, v string) error { on, err := onOff(v); o.NoPromisc = !on; return err }},
-	{"no-balloon", "on|off", func(o *Options, v string) (err error) { o.NoBalloon, err = onOff(v); return }},
-	{"zerocopy", "auto|on|off", func(o *Options, v string) (err error) { o.ZeroCopy, err = netdev.ParsePolicy(v); return }},
+// keys are the options in a string.
+var keys = netopt.Keys[Options]{
+	{Name: "queue", Value: "N", Set: func(o *Options, v string) (err error) { o.Queue, err = netopt.Number(v, 0, maxQueue); return }},
+	{Name: "mode", Value: strings.Join(modes, "|"), Set: parseMode},
+	{Name: "mtu", Value: "BYTES", Set: func(o *Options, v string) (err error) { o.MTU, err = netopt.Number(v, minMTU, maxMTU); return }},
+	{Name: "promisc", Value: "on|off", Set: func(o *Options, v string) error { on, err := netopt.OnOff(v); o.NoPromisc = !on; return err }},
+	{Name: "no-balloon", Value: "on|off", Set: func(o *Options, v string) (err error) { o.NoBalloon, err = netopt.OnOff(v); return }},
+	{Name: "zerocopy", Value: "auto|on|off", Set: func(o *Options, v string) (err error) { o.ZeroCopy, err = netdev.ParsePolicy(v); return }},
 }
 
 // ParseOptions reads the form of the command line, with or without the leading "xdp:" : eth1,queue=3,mode=zerocopy,no-balloon=on.
@@ -88,47 +83,12 @@ func parse(s string) (Options, error) {
 	if name == "xdp" || name == "" || strings.Contains(name, "=") {
 		return o, errors.New("name an interface: xdp:NAME")
 	}
-	if o.Name = name; len(name) >= unix.IFNAMSIZ || strings.ContainsAny(name, "/: \t\n\v\f\r") {
-		return o, fmt.Errorf("%q is no interface name: want 1 to %d characters without blanks, slashes and colons", name, unix.IFNAMSIZ-1)
+	o.Name = name
+	if err := netopt.CheckInterface(name); err != nil {
+		return o, err
 	}
-	seen := map[string]bool{}
-	for part := range strings.SplitSeq(rest, ",") {
-		key, value, ok := strings.Cut(part, "=")
-		switch {
-		case part == "":
-			continue
-		case !ok:
-			return o, fmt.Errorf("%q: want KEY=VALUE, of %s", part, known())
-		case seen[key]:
-			return o, fmt.Errorf("%s is given twice", key)
-		}
-		seen[key] = true
-		if err := o.set(key, value); err != nil {
-			return o, err
-		}
-	}
-	return o, nil
-}
-
-func (o *Options) set(key, value string) error {
-	for _, k := range keys {
-		if k.name != key {
-			continue
-		}
-		if err := k.parse(o, value); err != nil {
-			return fmt.Errorf("%s=%s: %w", key, value, err)
-		}
-		return nil
-	}
-	return fmt.Errorf("unknown key %q: known are %s", key, known())
-}
-
-func known() string {
-	var list []string
-	for _, k := range keys {
-		list = append(list, k.name+"="+k.value)
-	}
-	return strings.Join(list, ", ")
+	_, err := keys.Parse(&o, netopt.Split(rest))
+	return o, err
 }
 
 // check looks for what contradicts itself.
@@ -146,24 +106,6 @@ func (o *Options) check() error {
 
 // registers reports whether guest memory is to be registered.
 func (o *Options) registers() bool { return o.NoBalloon && o.ZeroCopy != netdev.Off }
-
-func number(s string, lo, hi int) (int, error) {
-	n, err := strconv.Atoi(s)
-	if err != nil || n < lo || n > hi {
-		return 0, fmt.Errorf("want a number from %d to %d", lo, hi)
-	}
-	return n, nil
-}
-
-func onOff(s string) (bool, error) {
-	switch s {
-	case "on":
-		return true, nil
-	case "off":
-		return false, nil
-	}
-	return false, errors.New("want on or off")
-}
 
 func parseMode(o *Options, v string) error {
 	i := slices.Index(modes, v)
