@@ -8,8 +8,8 @@
 //	       [tunnel header][guest page][guest page]...  --sendmmsg------>  skb (the kernel copies)                                     Release
 //	Recv:  skb  --recvmmsg-->  private memory  --Posted.Write-->  guest's buffers
 //
-// Transmission is zero-copy where that pays: the kernel takes hold of the guest's pages, transiently (nothing is registered, so a page that
-// the guest's memory loses under a frame is never sent stale), and tells us when the last reference is gone and whether the
+// Transmission is zero-copy where that pays: the kernel takes hold of the guest's pages, transiently (nothing is registered, unless with
+// Options.NoBalloon: see registered; so a page that the guest's memory loses under a frame is never sent stale), and tells us when the last reference is gone and whether the
 // pages were copied on the way. A frame is copied instead, and its Outcome says so, when it is shorter than Options.ZeroCopyMin
 // (CopiedSmall), when Options.ZeroCopyPending others are in flight (CopiedCap), when it goes to several peers, has too many
 // pages for one datagram, or when the kernel copied too many of those before (CopiedFallback; see throttle), and always where the kernel has neither engine
@@ -71,8 +71,9 @@
 //	learning=on|off           whether peers are learnt from what they send; on
 //	ports=N                   source ports that flows are spread over; 8
 //	zerocopy=auto|on|off      whether frames leave from the guest's pages; auto
-//	zerocopy-min=BYTES        from which length on, with auto; 4096, and 8192 with msg_zerocopy
+//	zerocopy-min=BYTES        from which length on, with auto; 4096, 3072 in registered memory, 8192 with msg_zerocopy
 //	zerocopy-pending=N        frames in the kernel's hands at most; 256
 //	zerocopy-engine=auto|io_uring|msg_zerocopy
 //	                          how, see above; meant for tests and for finding faults
+//	no-balloon=on|off         whether nobody takes pages away from the guest, so that its memory may be registered; off
 package udp

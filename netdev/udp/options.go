@@ -19,8 +19,9 @@ const (
 	DefaultZeroCopyMin = 4096
 	// DefaultMsgZeroCopyMin is where a send of cold memory took as much CPU as a copy, with MSG_ZEROCOPY (docs/perf/2026-11-22-msg-zerocopy.md).
 	DefaultMsgZeroCopyMin = 8192
-	// DefaultRegisteredMin is the same for memory that is registered.
-	DefaultRegisteredMin   = 1536
+	// DefaultRegisteredMin is the same for memory that is registered: some 2 KiB of cold memory, and 8 to 9 KiB of warm memory
+	// (docs/perf/2026-11-22-udp.md).
+	DefaultRegisteredMin   = 3072
 	DefaultZeroCopyPending = 256
 	DefaultPorts           = 8
 	DefaultDrain           = time.Second
