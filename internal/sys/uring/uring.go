@@ -6,7 +6,7 @@
 //	SendmsgZC ... Writev -> Submit (one system call) -> Next ... Next
 //
 // A write has one completion, which is there when Submit returns: writes are done there, in order, and one that would have to wait is refused
-// with EAGAIN (those behind it are tried all the same).
+// with EAGAIN (those behind it are tried all the same). A kind of file that cannot tell refuses all with EOPNOTSUPP.
 //
 // A send has two completions: one that it was accepted or refused, which Submit leaves behind, and, where that one says More, a second
 // (Notif) when nothing in the kernel refers to the pages any more. What the message header and its vector of pieces say is read by Submit; the
