@@ -23,7 +23,6 @@ type feeder struct {
 	mu   sync.Mutex
 	free []*zerocopy.Buffer
 	back chan struct{}
-	u    zerocopy.Ubuf
 }
 
 func newFeeder(mem []byte, size, buffers int) *feeder {

@@ -102,9 +102,9 @@ type sqe struct {
 
 // probe is struct io_uring_probe.
 type probe struct {
-	lastOp, n uint8
-	_         [14]byte
-	ops       [numOps]struct {
+	_   [2]uint8 // the last operation that the kernel knows, and how many follow
+	_   [14]byte
+	ops [numOps]struct {
 		op, _ uint8
 		flags uint16
 		_     uint32
