@@ -25,7 +25,7 @@ func BenchmarkSend(b *testing.B) {
 			if err := netlink.LinkAdd(&netlink.Ifb{LinkAttrs: attrs}); err != nil {
 				require.Skip(b, part, "an ifb cannot be made: %v", err)
 			}
-			must(b, netlink.LinkSetUp(linkByName(b, "ifb0")))
+			must(b, netlink.LinkSetUp(netdevtest.Link(b, "ifb0")))
 			q := open(b, "packet:ifb0").Queue(0)
 			hdr, f := virtio.NetHdr{}, netdevtest.Frame(n, 1)
 			if n > testMTU+14 {
@@ -79,14 +79,14 @@ func BenchmarkRecv(b *testing.B) {
 			for i := 0; i < b.N; i += round {
 				b.StopTimer()
 				for range round {
-					w.send(hdr, frame)
+					w.SendHdr(hdr, frame)
 				}
 				for range round * per {
 					addBuffer(b, ring.Driver)
 				}
 				ring.Driver.Publish()
 				for got := 0; got < round; {
-					poll(b, q.fd, unix.POLLIN, testTimeout)
+					netdevtest.Poll(b, q.fd, unix.POLLIN, testTimeout)
 					b.StartTimer()
 					from := threadTime(b)
 					n, _, err := q.Recv(posted, round-got)

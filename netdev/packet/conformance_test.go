@@ -19,7 +19,7 @@ func TestDevice(t *testing.T) {
 				d := open(t, "packet:"+devName+options)
 				w := newWire(t)
 				return netdevtest.Harness{
-					Device: d, MaxFrame: testMTU + 14, Capture: w.capture, Inject: w.inject, Close: w.close,
+					Device: d, MaxFrame: testMTU + 14, Capture: w.Capture, Inject: w.Inject, Close: w.Close,
 				}
 			})
 		})

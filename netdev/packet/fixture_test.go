@@ -1,19 +1,13 @@
 package packet
 
 import (
-	"encoding/binary"
-	"os"
-	"runtime"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
-	"github.com/vhostd/vhostd/internal/require"
-	"github.com/vhostd/vhostd/internal/sys"
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/offload"
@@ -34,26 +28,7 @@ const (
 // inNetns moves the test to a network namespace of its own, in which the kernel sends nothing by itself, and makes a veth pair there.
 func inNetns(t testing.TB) {
 	t.Helper()
-	require.Root(t, part)
-	runtime.LockOSThread()
-	old, err := netns.Get()
-	must(t, err)
-	own, err := netns.New()
-	if err != nil {
-		require.Skip(t, part, "a network namespace cannot be made: %v", err)
-	}
-	own.Close()
-	t.Cleanup(func() {
-		if err := netns.Set(old); err != nil {
-			t.Errorf("back to the old namespace: %v", err)
-			return // and the thread stays locked, and ends with the test
-		}
-		old.Close()
-		runtime.UnlockOSThread()
-	})
-	must(t, netlink.LinkSetUp(linkByName(t, "lo")))
-	// Missing in a kernel without IPv6: then there is nothing to turn off.
-	_ = os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0)
+	netdevtest.InNamespace(t, part)
 	makeVeth(t)
 }
 
@@ -62,8 +37,8 @@ func makeVeth(t testing.TB) {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU = devName, testMTU
 	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: farName, PeerMTU: testMTU}))
-	must(t, netlink.LinkSetUp(linkByName(t, devName)))
-	must(t, netlink.LinkSetUp(linkByName(t, farName)))
+	must(t, netlink.LinkSetUp(netdevtest.Link(t, devName)))
+	must(t, netlink.LinkSetUp(netdevtest.Link(t, farName)))
 	awaitRunning(t, devName)
 	awaitRunning(t, farName)
 }
@@ -71,7 +46,7 @@ func makeVeth(t testing.TB) {
 // awaitRunning waits until the interface has its carrier: what is sent before goes nowhere.
 func awaitRunning(t testing.TB, name string) {
 	t.Helper()
-	for deadline := time.Now().Add(testTimeout); linkByName(t, name).Attrs().OperState != netlink.OperUp; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(testTimeout); netdevtest.Link(t, name).Attrs().OperState != netlink.OperUp; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%s has no carrier", name)
 		}
@@ -92,15 +67,6 @@ func open(t testing.TB, spec string) *Device {
 	return d
 }
 
-func linkByName(t testing.TB, name string) netlink.Link {
-	t.Helper()
-	link, err := netlink.LinkByName(name)
-	if err != nil {
-		t.Fatalf("%s: %v", name, err)
-	}
-	return link
-}
-
 func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
@@ -108,66 +74,12 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// wire is an ordinary packet socket at the far end, with virtio-net headers.
-type wire struct {
-	testing.TB
-	fd int
-}
-
-func newWire(t testing.TB) *wire {
+// newWire opens an ordinary packet socket at the far end, with virtio-net headers.
+func newWire(t testing.TB) *netdevtest.Wire {
 	t.Helper()
-	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
-	must(t, err)
-	w := &wire{t, fd}
-	t.Cleanup(w.close)
-	must(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 16<<20))
-	must(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 16<<20))
-	must(t, unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1))
-	must(t, unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1))
-	must(t, sys.PacketBind(fd, linkByName(t, farName).Attrs().Index))
-	tv := unix.NsecToTimeval(testTimeout.Nanoseconds())
-	must(t, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv))
+	w := netdevtest.NewWire(t, farName)
+	w.Set(unix.PACKET_VNET_HDR, 1)
 	return w
-}
-
-func (w *wire) close() {
-	if w.fd >= 0 {
-		unix.Close(w.fd)
-		w.fd = -1
-	}
-}
-
-// inject sends a complete frame to the device.
-func (w *wire) inject(frame []byte) { w.Helper(); w.send(virtio.NetHdr{}, frame) }
-
-func (w *wire) send(hdr virtio.NetHdr, frame []byte) {
-	w.Helper()
-	b := make([]byte, virtio.NetHdrSizeLegacy, virtio.NetHdrSizeLegacy+len(frame))
-	hdr.Encode(b)
-	if _, err := unix.Write(w.fd, append(b, frame...)); err != nil {
-		w.Fatalf("sending %d bytes: %v", len(frame), err)
-	}
-}
-
-// capture returns the next frame of a test's, with what is left to do for it.
-func (w *wire) capture() (virtio.NetHdr, []byte) {
-	w.Helper()
-	b := make([]byte, 1<<17)
-	for {
-		n, err := unix.Read(w.fd, b)
-		if err == unix.EINVAL {
-			continue // a frame that lied, of a kind for which the socket has no header
-		}
-		must(w, err)
-		hdr, f := virtio.DecodeNetHdr(b[:virtio.NetHdrSizeLegacy]), b[virtio.NetHdrSizeLegacy:n]
-		switch binary.BigEndian.Uint16(f[12:]) {
-		case netdevtest.EtherType, unix.ETH_P_IP, unix.ETH_P_IPV6:
-			if hdr.Flags&virtio.NetHdrNeedsCsum == 0 {
-				hdr = virtio.NetHdr{}
-			}
-			return hdr, f
-		}
-	}
 }
 
 // guest is a receiveq behind a queue pair.
@@ -211,24 +123,10 @@ func (g *guest) recv() (virtio.NetHdr, []byte) {
 		if hdr, b := g.take(); b != nil {
 			return hdr, b
 		}
-		poll(g, g.q.RecvFD(), unix.POLLIN, 100*time.Millisecond)
+		netdevtest.Poll(g, g.q.RecvFD(), unix.POLLIN, 100*time.Millisecond)
 	}
 	g.Fatal("no frame came")
 	return virtio.NetHdr{}, nil
-}
-
-// poll waits for events, and tells whether something came.
-func poll(t testing.TB, fd int, events int16, limit time.Duration) bool {
-	t.Helper()
-	fds := []unix.PollFd{{Fd: int32(fd), Events: events}}
-	for end := time.Now().Add(limit); ; {
-		n, err := unix.Poll(fds, int(max(time.Until(end), 0).Milliseconds()))
-		if err == unix.EINTR {
-			continue
-		}
-		must(t, err)
-		return n > 0
-	}
 }
 
 // sent is a batch of frames, with what became of them.

@@ -7,6 +7,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/netdev/netdevtest"
 )
 
 func TestParseOptions(t *testing.T) {
@@ -48,7 +50,7 @@ func TestParseOptions(t *testing.T) {
 
 func TestOpenRefuses(t *testing.T) {
 	inNetns(t)
-	must(t, netlink.LinkSetDown(linkByName(t, farName)))
+	must(t, netlink.LinkSetDown(netdevtest.Link(t, farName)))
 	for name, want := range map[string]string{
 		"nothere": "no such device: `ip link` lists", farName: "ip link set pk1 up", "": "no interface name",
 	} {
@@ -65,7 +67,7 @@ func TestOpenRefuses(t *testing.T) {
 // device is open.
 func TestOpenSets(t *testing.T) {
 	inNetns(t)
-	promisc := func() bool { return linkByName(t, devName).Attrs().Promisc > 0 }
+	promisc := func() bool { return netdevtest.Link(t, devName).Attrs().Promisc > 0 }
 	for _, c := range []struct {
 		options     string
 		guest, link int
@@ -78,8 +80,8 @@ func TestOpenSets(t *testing.T) {
 		must(t, err)
 		d, err := Open(o)
 		must(t, err)
-		if got := d.Capabilities().MTU; got != c.guest || linkByName(t, devName).Attrs().MTU != c.link {
-			t.Errorf("%q: mtu %d of the guest, %d of the interface; want %d, %d", c.options, got, linkByName(t, devName).Attrs().MTU, c.guest, c.link)
+		if got := d.Capabilities().MTU; got != c.guest || netdevtest.Link(t, devName).Attrs().MTU != c.link {
+			t.Errorf("%q: mtu %d of the guest, %d of the interface; want %d, %d", c.options, got, netdevtest.Link(t, devName).Attrs().MTU, c.guest, c.link)
 		}
 		if promisc() != c.promisc {
 			t.Errorf("%q: promiscuous is %v", c.options, promisc())

@@ -45,7 +45,7 @@ func TestRecvVLAN(t *testing.T) {
 		g := newGuest(t, d, 0, f)
 		for _, n := range []int{20, 1000, 8900} {
 			hdr, frame := udpFrame(n, 1, tag...)
-			w.send(hdr, frame)
+			w.SendHdr(hdr, frame)
 			got, b := g.recv()
 			if f == plain {
 				if got.Flags != 0 || len(b) != len(frame) || !bytes.Equal(b[:40], frame[:40]) || !bytes.Equal(b[46:], frame[46:]) {
@@ -63,7 +63,7 @@ func TestRecvVLAN(t *testing.T) {
 		if !d.uso {
 			continue
 		}
-		w.send(hdr, frame)
+		w.SendHdr(hdr, frame)
 		_, b := g.recv()
 		if !bytes.Equal(b[:16], frame[:16]) {
 			t.Errorf("a large frame arrives as %.60x, want %.60x", b, frame)
@@ -85,8 +85,8 @@ func TestRecvLarge(t *testing.T) {
 		hdr, large := udpFrame(40000, 1)
 		hdr.GSOType, hdr.GSOSize = virtio.GSOUDPL4, 1000
 		for i := range uint32(3) {
-			w.inject(netdevtest.Frame(60, i))
-			w.send(hdr, large)
+			w.Inject(netdevtest.Frame(60, i))
+			w.SendHdr(hdr, large)
 		}
 		for i := range uint32(3) {
 			for _, want := range [][]byte{netdevtest.Frame(60, i), large} {
@@ -114,15 +114,15 @@ func TestRecvIncomplete(t *testing.T) {
 	d := open(t, "packet:"+devName+",vnet-hdr=off")
 	w, g := newWire(t), newGuest(t, d, 0, largeRecv)
 	hdr, f := udpFrame(100, 1)
-	w.send(hdr, f)
+	w.SendHdr(hdr, f)
 	large := uint64(1)
 	if d.uso {
 		hdr, f = udpFrame(40000, 1)
 		hdr.GSOType, hdr.GSOSize = virtio.GSOUDPL4, 1000
-		w.send(hdr, f)
+		w.SendHdr(hdr, f)
 		large++
 	}
-	w.inject(netdevtest.Frame(100, 1))
+	w.Inject(netdevtest.Frame(100, 1))
 	if hdr, got := g.recv(); hdr.Flags != 0 || !bytes.Equal(got, netdevtest.Frame(100, 1)) {
 		t.Errorf("got %.60x with %+v", got, hdr)
 	}
@@ -143,16 +143,16 @@ func TestRecvNotOwn(t *testing.T) {
 				if from.Queue(0).Send([]*zerocopy.Buffer{zerocopy.NewBuffer(virtio.NetHdr{}, netdevtest.Frame(100, 7))}) != 1 {
 					t.Fatal("not sent")
 				}
-				w.capture()
+				w.Capture()
 			}
 			for i := range len(d.queues) {
 				if _, b := newGuest(t, d, i, plain).take(); b != nil {
 					t.Errorf("queue %d: an own frame came back", i)
 				}
 			}
-			w.inject(netdevtest.Frame(100, 8))
+			w.Inject(netdevtest.Frame(100, 8))
 			for i := range len(d.queues) {
-				poll(t, d.queues[i].fd, unix.POLLIN, 10*time.Millisecond)
+				netdevtest.Poll(t, d.queues[i].fd, unix.POLLIN, 10*time.Millisecond)
 			}
 		})
 	}
@@ -166,7 +166,7 @@ func TestRecvOverflow(t *testing.T) {
 	slots := len(d.queues[0].recv.slots)
 	const more = 100
 	for i := range slots + more {
-		w.inject(netdevtest.Frame(60, uint32(i)))
+		w.Inject(netdevtest.Frame(60, uint32(i)))
 	}
 	for i := range slots {
 		if _, b := g.recv(); !bytes.Equal(b, netdevtest.Frame(60, uint32(i))) {
@@ -193,9 +193,9 @@ func TestRecvQueueOverflow(t *testing.T) {
 	hdr.GSOType, hdr.GSOSize = virtio.GSOUDPL4, 1000
 	const sent = 200
 	for range sent {
-		w.send(hdr, large)
+		w.SendHdr(hdr, large)
 	}
-	w.inject(netdevtest.Frame(60, 1))
+	w.Inject(netdevtest.Frame(60, 1))
 	got := 0
 	for {
 		_, b := g.recv()
@@ -213,11 +213,11 @@ func TestRecvQueueOverflow(t *testing.T) {
 }
 
 // flows injects frames of n flows, and returns how many frames each of the first pairs got.
-func flows(t *testing.T, d *Device, w *wire, n, pairs int) []int {
+func flows(t *testing.T, d *Device, w *netdevtest.Wire, n, pairs int) []int {
 	t.Helper()
 	for i := range n {
 		_, f := udpFrame(20, uint16(1000+i))
-		w.inject(f)
+		w.Inject(f)
 	}
 	got, sum := make([]int, pairs), 0
 	for deadline := time.Now().Add(testTimeout); sum < n; {
@@ -261,11 +261,11 @@ func TestFanout(t *testing.T) {
 	}
 	// A driver may come while the interface is down.
 	must(t, d.SetPairs(1))
-	must(t, netlink.LinkSetDown(linkByName(t, devName)))
+	must(t, netlink.LinkSetDown(netdevtest.Link(t, devName)))
 	if err := d.SetPairs(2); err != nil {
 		t.Logf("this kernel lets no socket share the frames of an interface that is down: %v", err)
 	}
-	must(t, netlink.LinkSetUp(linkByName(t, devName)))
+	must(t, netlink.LinkSetUp(netdevtest.Link(t, devName)))
 	awaitRunning(t, devName)
 	awaitRunning(t, farName)
 	must(t, d.SetPairs(2))
@@ -289,9 +289,9 @@ func TestRecvAllocs(t *testing.T) {
 	hdr.GSOType, hdr.GSOSize = virtio.GSOUDPL4, 1000
 	const rounds = 20
 	for range 2*rounds + 3 {
-		w.inject(netdevtest.Frame(60, 1))
+		w.Inject(netdevtest.Frame(60, 1))
 		if d.uso {
-			w.send(hdr, large)
+			w.SendHdr(hdr, large)
 		}
 	}
 	frames := 1

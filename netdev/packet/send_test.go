@@ -50,7 +50,7 @@ func TestSendRefused(t *testing.T) {
 		t.Errorf("released as %v, want %v", s.outcomes, want)
 	}
 	for i, f := range good {
-		if _, got := w.capture(); !bytes.Equal(got, f) {
+		if _, got := w.Capture(); !bytes.Equal(got, f) {
 			t.Fatalf("frame %d: got %.40x, want %.40x", i, got, f)
 		}
 	}
@@ -88,7 +88,7 @@ func TestSendVLAN(t *testing.T) {
 func throttle(t testing.TB, rate uint64, limit uint32) {
 	t.Helper()
 	must(t, netlink.QdiscReplace(&netlink.Tbf{
-		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: linkByName(t, devName).Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
+		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: netdevtest.Link(t, devName).Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
 		Rate:       rate, Limit: limit, Buffer: netlink.Xmittime(rate, 12000),
 	}))
 }
@@ -127,7 +127,7 @@ func TestSendFull(t *testing.T) {
 				if fd != q.fd {
 					t.Fatalf("SendFD is %d: the socket can be written, with all slots in use", fd)
 				}
-				for !poll(t, fd, unix.POLLOUT, testTimeout) {
+				for !netdevtest.Poll(t, fd, unix.POLLOUT, testTimeout) {
 					t.Fatal("the socket is never writable again")
 				}
 			}
@@ -136,7 +136,7 @@ func TestSendFull(t *testing.T) {
 				t.Errorf("Send was refused %d times", full)
 			}
 			for i := range c.frames {
-				if _, got := w.capture(); !bytes.Equal(got, netdevtest.Frame(c.size, uint32(i))) {
+				if _, got := w.Capture(); !bytes.Equal(got, netdevtest.Frame(c.size, uint32(i))) {
 					t.Fatalf("frame %d is another: %d bytes", i, len(got))
 				}
 			}
@@ -181,7 +181,7 @@ func TestLinkDownUp(t *testing.T) {
 			w, g := newWire(t), newGuest(t, d, 0, plain)
 			q := d.queues[0]
 			for round := range uint32(3) {
-				must(t, netlink.LinkSetDown(linkByName(t, devName)))
+				must(t, netlink.LinkSetDown(netdevtest.Link(t, devName)))
 				awaitQuiet(t, g)
 				var s sent
 				s.add(virtio.NetHdr{}, netdevtest.Frame(60, 1))
@@ -193,14 +193,14 @@ func TestLinkDownUp(t *testing.T) {
 				}
 				waiting := make(chan bool, 1)
 				fd := q.RecvFD()
-				go func() { waiting <- poll(t, fd, unix.POLLIN, testTimeout) }()
-				must(t, netlink.LinkSetUp(linkByName(t, devName)))
+				go func() { waiting <- netdevtest.Poll(t, fd, unix.POLLIN, testTimeout) }()
+				must(t, netlink.LinkSetUp(netdevtest.Link(t, devName)))
 				if !<-waiting {
 					t.Fatal("nothing tells that the interface is up again")
 				}
 				awaitRunning(t, devName)
 				awaitRunning(t, farName)
-				w.inject(netdevtest.Frame(100, round))
+				w.Inject(netdevtest.Frame(100, round))
 				if _, b := g.recv(); !bytes.Equal(b, netdevtest.Frame(100, round)) {
 					t.Fatalf("got %.40x", b)
 				}
@@ -210,7 +210,7 @@ func TestLinkDownUp(t *testing.T) {
 				if q.Send([]*zerocopy.Buffer{zerocopy.NewBuffer(virtio.NetHdr{}, netdevtest.Frame(90, round))}) != 1 {
 					t.Fatal("not sent")
 				}
-				if _, b := w.capture(); !bytes.Equal(b, netdevtest.Frame(90, round)) {
+				if _, b := w.Capture(); !bytes.Equal(b, netdevtest.Frame(90, round)) {
 					t.Fatalf("captured %.40x", b)
 				}
 			}
@@ -225,7 +225,7 @@ func awaitQuiet(t *testing.T, g *guest) {
 		if _, b := g.take(); b != nil {
 			t.Fatalf("got a frame of %d bytes", len(b))
 		}
-		if !poll(t, g.q.RecvFD(), unix.POLLIN, 0) {
+		if !netdevtest.Poll(t, g.q.RecvFD(), unix.POLLIN, 0) {
 			return
 		}
 	}
@@ -237,11 +237,11 @@ func TestLinkGone(t *testing.T) {
 	inNetns(t)
 	d := open(t, "packet:"+devName+",queues=2")
 	g := newGuest(t, d, 0, plain)
-	must(t, netlink.LinkDel(linkByName(t, devName)))
+	must(t, netlink.LinkDel(netdevtest.Link(t, devName)))
 	var err error
 	for deadline := time.Now().Add(testTimeout); err == nil && time.Now().Before(deadline); {
 		if _, _, err = g.q.Recv(g.posted, 8); err == nil {
-			poll(t, g.q.RecvFD(), unix.POLLIN, time.Second)
+			netdevtest.Poll(t, g.q.RecvFD(), unix.POLLIN, time.Second)
 		}
 	}
 	if err == nil {

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/internal/sys"
+	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
 )
@@ -47,7 +48,7 @@ func newStack(t *testing.T, d *Device, f virtio.Features, tunOffloads uint) *sta
 	must(t, err)
 	must(t, sys.TunSetVnetHdrSize(fd, virtio.NetHdrSizeLegacy))
 	must(t, sys.TunSetOffload(fd, tunOffloads))
-	link := linkByName(t, stackName)
+	link := netdevtest.Link(t, stackName)
 	must(t, netlink.AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.ParseIP(guestAddr).To4(), Mask: net.CIDRMask(24, 32)}}))
 	must(t, netlink.LinkSetUp(link))
 	s := &stack{guest: newGuest(t, d, 0, f), tap: fd, buf: make([]byte, 1<<17)}
@@ -108,7 +109,7 @@ func (s *stack) fromStack() bool {
 	}
 	s.batch[0] = zerocopy.NewBuffer(hdr, f)
 	for s.q.Send(s.batch[:]) == 0 {
-		poll(s, s.q.SendFD(), unix.POLLOUT, time.Second)
+		netdevtest.Poll(s, s.q.SendFD(), unix.POLLOUT, time.Second)
 	}
 	s.q.Reap()
 	return true
@@ -147,7 +148,7 @@ func farStack(t *testing.T) net.Listener {
 		listening <- result{l, err}
 	}()
 	h := <-made
-	err := netlink.LinkSetNsFd(linkByName(t, farName), int(h))
+	err := netlink.LinkSetNsFd(netdevtest.Link(t, farName), int(h))
 	h.Close()
 	close(moved)
 	r := <-listening

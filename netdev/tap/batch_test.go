@@ -15,7 +15,7 @@ import (
 )
 
 // sendSome sends n numbered frames in one call, and wants them to come out in order.
-func sendSome(t *testing.T, d *Device, w *wire, n int) {
+func sendSome(t *testing.T, d *Device, w wire, n int) {
 	t.Helper()
 	var b buffers
 	want := make([]zerocopy.Outcome, n)

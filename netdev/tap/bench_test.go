@@ -69,7 +69,7 @@ func TestRecvAllocs(t *testing.T) {
 	buf := []vring.Buf{{GPA: guestBase + guestRings, Len: 1536}}
 	if n := testing.AllocsPerRun(50, func() {
 		for _, f := range frames {
-			if _, err := unix.Write(w.fd, f); err != nil {
+			if _, err := unix.Write(w.FD, f); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -170,7 +170,7 @@ func benchRecv(b *testing.B, n int, direct bool) {
 	g, q := newGuest(b, 1024, mergeable|largeRecv), d.queues[0]
 	negotiate(b, d, mergeable|largeRecv)
 	w := newWire(b, "t0")
-	must(b, unix.SetsockoptInt(w.fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1))
+	w.Set(unix.PACKET_VNET_HDR, 1)
 	one := batchOf(n)[0]
 	hdr := one.Header()
 	raw := make([]byte, virtio.NetHdrSizeLegacy, n+virtio.NetHdrSize)
@@ -186,7 +186,7 @@ func benchRecv(b *testing.B, n int, direct bool) {
 	for i := 0; i < b.N; i += round {
 		b.StopTimer()
 		for range round {
-			w.send(raw)
+			w.Send(raw)
 			for range per {
 				if _, err := g.drv.Add(nil, buf); err != nil {
 					b.Fatal(err)

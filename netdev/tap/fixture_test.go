@@ -6,19 +6,17 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/guestmem"
 	"github.com/vhostd/vhostd/internal/require"
 	"github.com/vhostd/vhostd/internal/sys"
 	"github.com/vhostd/vhostd/netdev"
+	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/offload"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/vring"
@@ -28,33 +26,12 @@ import (
 // testTimeout is how long a test waits for what must come.
 const testTimeout = 20 * time.Second
 
-// inNetns moves the test to a network namespace of its own, in which the kernel sends nothing by itself. Subtests would run on
-// threads outside of it: a test that calls it has none.
+// inNetns moves the test to a network namespace of its own. Subtests would run on threads outside of it: a test that calls it has none.
 func inNetns(t testing.TB) {
 	t.Helper()
 	require.Root(t, "tap")
 	require.File(t, "tap", sys.TunPath, os.O_RDWR)
-	runtime.LockOSThread()
-	old, err := netns.Get()
-	if err != nil {
-		t.Fatal(err)
-	}
-	own, err := netns.New()
-	if err != nil {
-		require.Skip(t, "tap", "a network namespace cannot be made: %v", err)
-	}
-	own.Close()
-	t.Cleanup(func() {
-		if err := netns.Set(old); err != nil {
-			t.Errorf("back to the old namespace: %v", err)
-			return // and the thread stays locked, and ends with the test
-		}
-		old.Close()
-		runtime.UnlockOSThread()
-	})
-	must(t, netlink.LinkSetUp(linkByName(t, "lo")))
-	// Missing in a kernel without IPv6: then there is nothing to turn off.
-	_ = os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0)
+	netdevtest.InNamespace(t, "tap")
 }
 
 // bothWays runs a test for frames that are written one by one, and for batches of any size.
@@ -89,15 +66,6 @@ func openWith(t testing.TB, o Options) *Device {
 		}
 	})
 	return d
-}
-
-func linkByName(t testing.TB, name string) netlink.Link {
-	t.Helper()
-	link, err := netlink.LinkByName(name)
-	if err != nil {
-		t.Fatalf("%s: %v", name, err)
-	}
-	return link
 }
 
 func must(t testing.TB, err error) {
@@ -234,70 +202,23 @@ func (g *guest) recv(q netdev.Queue) *frame {
 
 func pollFor(t testing.TB, fd int, events int16) {
 	t.Helper()
-	fds := []unix.PollFd{{Fd: int32(fd), Events: events}}
-	for {
-		n, err := unix.Poll(fds, int(testTimeout.Milliseconds()))
-		if err == unix.EINTR {
-			continue
-		}
-		if must(t, err); n == 0 {
-			t.Fatalf("descriptor %d is not ready after %v", fd, testTimeout)
-		}
-		return
+	if !netdevtest.Poll(t, fd, events, testTimeout) {
+		t.Fatalf("descriptor %d is not ready after %v", fd, testTimeout)
 	}
 }
 
-// wire is a packet socket on an interface: the other end of the tap.
-type wire struct {
-	testing.TB
-	fd int
-}
+// wire is the other end of the tap.
+type wire struct{ *netdevtest.Wire }
 
-// etherTest is the EtherType of test frames (IEEE 802 local experimental 1).
-const etherTest = 0x88b5
-
-func newWire(t testing.TB, name string) *wire {
+func newWire(t testing.TB, name string) wire {
 	t.Helper()
-	proto := binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, unix.ETH_P_ALL))
-	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
-	must(t, err)
-	w := &wire{t, fd}
-	t.Cleanup(w.close)
-	must(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 16<<20))
-	must(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 16<<20))
-	must(t, unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1))
-	index := linkByName(t, name).Attrs().Index
-	must(t, unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: proto, Ifindex: index}))
-	tv := unix.NsecToTimeval(testTimeout.Nanoseconds())
-	must(t, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv))
-	return w
-}
-
-func (w *wire) close() {
-	if w.fd >= 0 {
-		unix.Close(w.fd)
-		w.fd = -1
-	}
-}
-
-func (w *wire) send(frame []byte) {
-	w.Helper()
-	if _, err := unix.Write(w.fd, frame); err != nil {
-		w.Fatalf("sending %d bytes: %v", len(frame), err)
-	}
+	return wire{netdevtest.NewWire(t, name)}
 }
 
 // recv returns the next test frame that came out of the tap.
-func (w *wire) recv() []byte {
+func (w wire) recv() []byte {
 	w.Helper()
-	b := make([]byte, 1<<17)
-	for {
-		n, err := unix.Read(w.fd, b)
-		must(w, err)
-		if n >= 14 && binary.BigEndian.Uint16(b[12:]) == etherTest {
-			return b[:n]
-		}
-	}
+	return w.Recv(func(b []byte) bool { return binary.BigEndian.Uint16(b[12:]) == netdevtest.EtherType })
 }
 
 var (
@@ -307,11 +228,9 @@ var (
 
 // testFrame is an Ethernet frame of n bytes that no other seed gives.
 func testFrame(n int, seed uint32) []byte {
-	b := append(append(make([]byte, 0, n), hostMAC...), guestMAC...)
-	b = binary.BigEndian.AppendUint16(b, etherTest)
-	for x := seed*2654435761 + 1; len(b) < n; x = x*1664525 + 1013904223 {
-		b = append(b, byte(x>>24))
-	}
+	b := netdevtest.Frame(n, seed)
+	copy(b, hostMAC)
+	copy(b[6:], guestMAC)
 	return b
 }
 

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/internal/sys"
+	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
 )
@@ -22,10 +23,10 @@ func narrow(t *testing.T, options string, rate uint64) (d, sink *Device) {
 	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}, MulticastSnooping: &snoop}
 	must(t, netlink.LinkAdd(bridge))
 	must(t, netlink.LinkSetUp(bridge))
-	must(t, netlink.LinkSetMaster(linkByName(t, "t0"), bridge))
+	must(t, netlink.LinkSetMaster(netdevtest.Link(t, "t0"), bridge))
 	sink = open(t, "tap:t1,bridge=br0")
 	must(t, netlink.QdiscReplace(&netlink.Tbf{
-		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: linkByName(t, "t1").Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
+		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: netdevtest.Link(t, "t1").Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
 		Rate:       rate, Limit: 1 << 20, Buffer: netlink.Xmittime(rate, 3000),
 	}))
 	return d, sink

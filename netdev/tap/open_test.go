@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/internal/sys"
+	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/offload"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
@@ -21,8 +22,8 @@ import (
 func addBridge(t testing.TB, name string) netlink.Link {
 	t.Helper()
 	must(t, netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: name}}))
-	must(t, netlink.LinkSetUp(linkByName(t, name)))
-	return linkByName(t, name)
+	must(t, netlink.LinkSetUp(netdevtest.Link(t, name)))
+	return netdevtest.Link(t, name)
 }
 
 // openFails checks that Open refuses the options with an error that says all of want, and leaves no descriptor behind.
@@ -60,7 +61,7 @@ func TestOpenConfigures(t *testing.T) {
 	before := countFDs(t)
 	mac := net.HardwareAddr{0x52, 0x54, 0, 0xaa, 0xbb, 1}
 	d := open(t, "tap:vnet0,bridge=br0,mtu=9000,queues=3,mac="+mac.String())
-	link := linkByName(t, "vnet0")
+	link := netdevtest.Link(t, "vnet0")
 	a, tun := link.Attrs(), link.(*netlink.Tuntap)
 	if a.MTU != 9000 || a.MasterIndex != br.Attrs().Index || !bytes.Equal(a.HardwareAddr, mac) || a.RawFlags&unix.IFF_UP == 0 {
 		t.Errorf("the interface is %+v", a)
@@ -84,7 +85,7 @@ func TestOpenConfigures(t *testing.T) {
 func TestOpenDown(t *testing.T) {
 	inNetns(t)
 	open(t, "tap:t0,up=off")
-	if linkByName(t, "t0").Attrs().RawFlags&unix.IFF_UP != 0 {
+	if netdevtest.Link(t, "t0").Attrs().RawFlags&unix.IFF_UP != 0 {
 		t.Error("up")
 	}
 }
@@ -96,7 +97,7 @@ func TestOpenAttaches(t *testing.T) {
 		must(t, open(t, s).Close())
 	}
 	for _, name := range []string{"t0", "t1"} {
-		if linkByName(t, name).(*netlink.Tuntap).NonPersist {
+		if netdevtest.Link(t, name).(*netlink.Tuntap).NonPersist {
 			t.Errorf("%s does not persist", name)
 		}
 	}
@@ -160,7 +161,7 @@ func TestOpenUnprivileged(t *testing.T) {
 		openFails(t, "tap:mine", "setting up", "ip link set mine up")
 		openFails(t, "tap:mine,mtu=9000", "setting mtu 9000", "ip link set mine mtu 9000")
 	})
-	must(t, netlink.LinkSetUp(linkByName(t, "mine")))
+	must(t, netlink.LinkSetUp(netdevtest.Link(t, "mine")))
 	withoutNetAdmin(t, func() {
 		d := open(t, "tap:mine,mtu=1500")
 		negotiate(t, d, mergeable|largeRecv)
@@ -190,7 +191,7 @@ func rawTap(t *testing.T, name string, flags uint16) int {
 // exchange sends a frame each way through every queue of d, and none of them needs an offload.
 func exchange(t *testing.T, d *Device) {
 	t.Helper()
-	must(t, netlink.LinkSetUp(linkByName(t, d.name)))
+	must(t, netlink.LinkSetUp(netdevtest.Link(t, d.name)))
 	w := newWire(t, d.name)
 	for i := range d.queues {
 		want := testFrame(200+i, uint32(i))
@@ -203,7 +204,7 @@ func exchange(t *testing.T, d *Device) {
 	for _, f := range []virtio.Features{legacy, plain, mergeable} {
 		g := newGuest(t, 8, f)
 		g.post(2, 2048)
-		w.send(testFrame(300, 7))
+		w.Send(testFrame(300, 7))
 		got := g.recv(d.Queue(0))
 		wantFrame(t, got.data, testFrame(300, 7))
 		if got.hdr.Flags != 0 || got.hdr.GSOType != 0 || got.hdr.HdrLen != 0 {
@@ -228,7 +229,7 @@ func TestInherited(t *testing.T) {
 		if (c.FromGuest != 0) != (name != "bare") || (c.ToGuest != 0) != (name != "bare") {
 			t.Errorf("%s: offloads %#x, %#x", name, c.FromGuest, c.ToGuest)
 		}
-		if linkByName(t, name).Attrs().RawFlags&unix.IFF_UP != 0 {
+		if netdevtest.Link(t, name).Attrs().RawFlags&unix.IFF_UP != 0 {
 			t.Errorf("%s: set up unasked", name)
 		}
 		negotiate(t, d, mergeable|largeRecv)
@@ -287,7 +288,7 @@ func TestInheritedElsewhere(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "the t0 in this network namespace is another one") {
 		t.Errorf("setting the MTU: %v", err)
 	}
-	if got := linkByName(t, "t0").Attrs().MTU; got != 1000 {
+	if got := netdevtest.Link(t, "t0").Attrs().MTU; got != 1000 {
 		t.Errorf("the other interface's MTU is %d now", got)
 	}
 }

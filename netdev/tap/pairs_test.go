@@ -7,16 +7,17 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
 )
 
 // spread sends frames with many flow hashes into the tap and returns how many arrived at each queue.
-func spread(t *testing.T, d *Device, w *wire) []int {
+func spread(t *testing.T, d *Device, w wire) []int {
 	t.Helper()
 	const frames = 200
 	for i := range frames {
-		w.send(udpFrame(uint16(i)))
+		w.Send(udpFrame(uint16(i)))
 	}
 	got, total := make([]int, len(d.queues)), 0
 	for i := range d.queues {
@@ -53,7 +54,7 @@ func TestSetPairs(t *testing.T) {
 	for _, n := range []int{1, 3, 2, 0, 3, 3, 1, 2} {
 		must(t, d.SetPairs(n))
 		use := max(n, 1)
-		tun := linkByName(t, "t0").(*netlink.Tuntap)
+		tun := netdevtest.Link(t, "t0").(*netlink.Tuntap)
 		if tun.Queues != use || tun.DisabledQueues != 3-use {
 			t.Errorf("SetPairs(%d): %d queues attached, %d detached", n, tun.Queues, tun.DisabledQueues)
 		}
@@ -87,7 +88,7 @@ func TestSteering(t *testing.T) {
 			copy(back[30:], out[26:30])
 			copy(back[34:], out[36:38])
 			copy(back[36:], out[34:36])
-			w.send(back)
+			w.Send(back)
 			g := newGuest(t, 8, plain)
 			g.post(8, 2048)
 			wantFrame(t, g.recv(d.Queue(i)).data, back)
@@ -114,10 +115,10 @@ func addMacvtap(t *testing.T, name string) string {
 	far := name + "-far"
 	near := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name + "-near"}, PeerName: far}
 	must(t, netlink.LinkAdd(near))
-	must(t, netlink.LinkSetUp(linkByName(t, near.Name)))
-	must(t, netlink.LinkSetUp(linkByName(t, far)))
+	must(t, netlink.LinkSetUp(netdevtest.Link(t, near.Name)))
+	must(t, netlink.LinkSetUp(netdevtest.Link(t, far)))
 	mv := &netlink.Macvtap{Macvlan: netlink.Macvlan{
-		LinkAttrs: netlink.LinkAttrs{Name: name, ParentIndex: linkByName(t, near.Name).Attrs().Index}, Mode: netlink.MACVLAN_MODE_BRIDGE,
+		LinkAttrs: netlink.LinkAttrs{Name: name, ParentIndex: netdevtest.Link(t, near.Name).Attrs().Index}, Mode: netlink.MACVLAN_MODE_BRIDGE,
 	}}
 	if err := netlink.LinkAdd(mv); err != nil {
 		skipTap(t, "a macvtap cannot be made: %v", err)
@@ -147,11 +148,11 @@ func TestMacvtap(t *testing.T) {
 	g.post(8, 2048)
 	want := testFrame(1200, 1)
 	copy(want, mac)
-	w.send(want)
+	w.Send(want)
 	wantFrame(t, g.recv(d.Queue(0)).data, want)
 	must(t, d.SetPairs(2))
 
-	must(t, netlink.LinkDel(linkByName(t, "mv0")))
+	must(t, netlink.LinkDel(netdevtest.Link(t, "mv0")))
 	var err error
 	for i := 0; err == nil && i <= aliveEvery; i++ {
 		_, _, err = d.Queue(0).Recv(g.posted, 8)
@@ -165,9 +166,9 @@ func TestMacvtap(t *testing.T) {
 func TestOpenTxQueueLen(t *testing.T) {
 	inNetns(t)
 	must(t, open(t, "tap:t0,persist").Close())
-	must(t, netlink.LinkSetTxQLen(linkByName(t, "t0"), 0))
+	must(t, netlink.LinkSetTxQLen(netdevtest.Link(t, "t0"), 0))
 	d := open(t, "tap:t0")
-	newWire(t, "t0").send(testFrame(100, 1))
+	newWire(t, "t0").Send(testFrame(100, 1))
 	g := newGuest(t, 8, plain)
 	g.post(1, 2048)
 	wantFrame(t, g.recv(d.Queue(0)).data, testFrame(100, 1))
@@ -177,11 +178,11 @@ func TestOpenTxQueueLen(t *testing.T) {
 func TestMacvtapInherited(t *testing.T) {
 	inNetns(t)
 	w := newWire(t, addMacvtap(t, "mv0"))
-	node := fmt.Sprintf("/dev/tap%d", linkByName(t, "mv0").Attrs().Index)
+	node := fmt.Sprintf("/dev/tap%d", netdevtest.Link(t, "mv0").Attrs().Index)
 	openMacvtapOrSkip(t, "tap:macvtap=mv0").Close()
 	fd, err := unix.Open(node, unix.O_RDWR, 0)
 	must(t, err)
-	must(t, netlink.LinkSetUp(linkByName(t, "mv0")))
+	must(t, netlink.LinkSetUp(netdevtest.Link(t, "mv0")))
 	for _, d := range []*Device{openWith(t, Options{FDs: []int{fd}}), open(t, "tap:macvtap="+node)} {
 		if !d.macvtap || d.Capabilities().Name != "mv0" {
 			t.Errorf("taken for %v", d)

@@ -20,7 +20,7 @@ func TestRecv(t *testing.T) {
 		for i, n := range []int{14, 60, 1514, 1518, 1519, 9014} {
 			g.post(1, 9100)
 			want := testFrame(n, uint32(i))
-			w.send(want)
+			w.Send(want)
 			got := g.recv(d.Queue(0))
 			wantFrame(t, got.data, want)
 			if nb := got.hdr.NumBuffers; f != legacy && nb != 1 {
@@ -46,7 +46,7 @@ func TestRecvDirect(t *testing.T) {
 		clear(r.stage)
 		g.post(8, 1536)
 		want := testFrame(c.n, uint32(i))
-		w.send(want)
+		w.Send(want)
 		wantFrame(t, g.recv(d.Queue(0)).data, want)
 		if staged := r.stage[0] == hostMAC[0]; staged != c.staged {
 			t.Errorf("frame %d of %d bytes: staged is %v, want %v", i, c.n, staged, c.staged)
@@ -54,7 +54,7 @@ func TestRecvDirect(t *testing.T) {
 	}
 	for i := range 2*wantWindow + 1 {
 		g.post(1, 1536)
-		w.send(testFrame(60, uint32(i)))
+		w.Send(testFrame(60, uint32(i)))
 		g.recv(d.Queue(0))
 	}
 	if r.want != minWant {
@@ -68,8 +68,8 @@ func TestRecvNoRoom(t *testing.T) {
 	d := open(t, "tap:t0,mtu=9000")
 	w, g, q := newWire(t, "t0"), newGuest(t, 64, mergeable), d.Queue(0)
 	first, second := testFrame(9014, 1), testFrame(60, 2)
-	w.send(first)
-	w.send(second)
+	w.Send(first)
+	w.Send(second)
 	step := func(wantIdle bool, wantN int) {
 		t.Helper()
 		n, idle, err := q.Recv(g.posted, 8)
@@ -98,8 +98,8 @@ func TestRecvTooBig(t *testing.T) {
 	d := open(t, "tap:t0,mtu=9000")
 	w, g := newWire(t, "t0"), newGuest(t, 64, plain)
 	g.post(4, 12, 1514)
-	w.send(testFrame(9014, 1))
-	w.send(testFrame(1514, 2))
+	w.Send(testFrame(9014, 1))
+	w.Send(testFrame(1514, 2))
 	wantFrame(t, g.recv(d.Queue(0)).data, testFrame(1514, 2))
 	if got := g.posted.Stats.TooBig; got != 1 {
 		t.Errorf("TooBig is %d, want 1", got)
@@ -127,8 +127,8 @@ func TestRecvMissingPage(t *testing.T) {
 	inNetns(t)
 	d := open(t, "tap:t0")
 	w, q, g := newWire(t, "t0"), d.Queue(0), shrunkGuest(t)
-	w.send(testFrame(100, 1))
-	w.send(testFrame(100, 2))
+	w.Send(testFrame(100, 1))
+	w.Send(testFrame(100, 2))
 	fault := func() (v any) {
 		defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 		defer func() { v = recover() }()
@@ -151,7 +151,7 @@ func TestRecvMissingPageMacvtap(t *testing.T) {
 	d := openMacvtapOrSkip(t, "tap:macvtap=mv0,mac="+hostMAC.String())
 	q, g := d.Queue(0), shrunkGuest(t)
 	for i := range 3 {
-		w.send(testFrame(100, uint32(i)))
+		w.Send(testFrame(100, uint32(i)))
 	}
 	for range 2 {
 		if n, idle, err := q.Recv(g.posted, 2); n != 0 || !idle || err != nil {
@@ -173,7 +173,7 @@ func TestRecvIdle(t *testing.T) {
 		t.Fatalf("empty: Recv is %d, %v, %v", n, idle, err)
 	}
 	for i := range 3 {
-		w.send(testFrame(60, uint32(i)))
+		w.Send(testFrame(60, uint32(i)))
 	}
 	pollFor(t, q.RecvFD(), 1)
 	if n, idle, err := q.Recv(g.posted, 2); n != 2 || idle || err != nil {
@@ -204,7 +204,7 @@ func TestRecvProperty(t *testing.T) {
 			if rapid.Bool().Draw(rt, "send") && len(sent)-got < 32 {
 				seed++
 				sent = append(sent, testFrame(rapid.IntRange(14, 9014).Draw(rt, "length"), seed))
-				w.send(sent[len(sent)-1])
+				w.Send(sent[len(sent)-1])
 			}
 			if g.drv.Free() >= 8 {
 				lens := rapid.SliceOfN(rapid.OneOf(rapid.IntRange(1, 20), rapid.IntRange(400, 4096)), 1, 4).Draw(rt, "chain")

@@ -6,6 +6,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
 )
@@ -114,7 +115,7 @@ func testSendDown(t *testing.T, options string) {
 	b.add(virtio.NetHdr{}, testFrame(100, 1))
 	b.add(virtio.NetHdr{}, testFrame(100, 2))
 	b.sendAll(t, d.Queue(0), zerocopy.Dropped, zerocopy.Dropped)
-	must(t, netlink.LinkDel(linkByName(t, "t0")))
+	must(t, netlink.LinkDel(netdevtest.Link(t, "t0")))
 	b.add(virtio.NetHdr{}, testFrame(100, 3))
 	b.sendAll(t, d.Queue(0), zerocopy.Dropped)
 	if got := d.Queue(0).Counters().SendDropped; got != 3 {

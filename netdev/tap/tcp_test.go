@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/netdev"
+	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
 )
@@ -45,7 +46,7 @@ func dialTCP(t *testing.T, d *Device, f virtio.Features, v6 bool) *tcpGuest {
 		c.src, c.dst, bits = net.ParseIP("fd00::2"), net.ParseIP("fd00::1"), 64
 		must(t, os.WriteFile("/proc/sys/net/ipv6/conf/"+d.name+"/disable_ipv6", []byte("0"), 0))
 	}
-	link := linkByName(t, d.name)
+	link := netdevtest.Link(t, d.name)
 	c.hostMAC = link.Attrs().HardwareAddr
 	addr := &netlink.Addr{IPNet: &net.IPNet{IP: c.dst, Mask: net.CIDRMask(bits, 8*len(c.dst))}, Flags: unix.IFA_F_NODAD}
 	must(t, netlink.AddrAdd(link, addr))
