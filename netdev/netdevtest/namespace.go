@@ -91,6 +91,9 @@ func NewLab(t testing.TB, part string, mtu, queues int) *Lab {
 	return l
 }
 
+// For is the lab for a subtest.
+func (l *Lab) For(t testing.TB) *Lab { return &Lab{t, l.Here, l.There} }
+
 // Try runs a command.
 func (l *Lab) Try(command string) error {
 	args := strings.Fields(command)

@@ -111,7 +111,7 @@ func (l *lab) refuse(dst, dev string, n int32) {
 		require.Skip(l, "bpf", "a program for a route: %v", err)
 	}
 	l.Cleanup(func() { prog.Close() })
-	err = l.enter(l.here, func() error {
+	err = l.Enter(l.Here, func() error {
 		link, err := netlink.LinkByName(dev)
 		if err != nil {
 			return err
@@ -138,7 +138,7 @@ func TestWithoutIOUring(t *testing.T) {
 	open := func(options string) (d *udp.Device, err error) {
 		o, err := udp.ParseOptions("vxlan:vni=42,local=10.8.0.1,remote=10.8.0.2" + options)
 		must(t, err)
-		l.in(l.here, func() error {
+		l.In(l.Here, func() error {
 			forbidIOUring(t)
 			d, err = udp.Open(o)
 			return nil
@@ -209,7 +209,7 @@ func TestLockedMemoryLimit(t *testing.T) {
 	}
 	outcomes := map[zerocopy.Outcome]int{}
 	send := func(n int) {
-		must(t, r.enter(r.here, func() error {
+		must(t, r.Enter(r.Here, func() error {
 			if err := dropLockedMemory(); err != nil {
 				return err
 			}
@@ -241,7 +241,7 @@ func TestLockedMemoryLimit(t *testing.T) {
 	}
 }
 
-// dropLockedMemory takes CAP_IPC_LOCK from the calling thread.
+// dropLockedMemory takes CAP_IPC_LOCK from the calling thread, so that limits hold for it.
 func dropLockedMemory() error {
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData

@@ -20,10 +20,10 @@ import (
 // groupPeer makes a tunnel of the kernel's there that finds its peers through a group.
 func (l *lab) groupPeer(group string, mtu int) {
 	l.Helper()
-	if err := l.try(fmt.Sprintf("ip -n %s link add tun0 type vxlan id 42 group %s dev v0 dstport 4789", l.there, group)); err != nil {
+	if err := l.Try(fmt.Sprintf("ip -n %s link add tun0 type vxlan id 42 group %s dev v0 dstport 4789", l.There, group)); err != nil {
 		require.Skip(l, "vxlan", "the kernel has no vxlan: %v", err)
 	}
-	l.run(fmt.Sprintf("ip -n %s link set tun0 mtu %d up", l.there, mtu))
+	l.Run(fmt.Sprintf("ip -n %s link set tun0 mtu %d up", l.There, mtu))
 }
 
 // TestKernelGroup has the device find the kernel's vxlan through a group, and talk to it.
@@ -43,21 +43,21 @@ func TestKernelGroup(t *testing.T) {
 				l.v6()
 			}
 			if c.options == "" {
-				l.run("ip -n " + l.here + " route add 239.0.0.0/8 dev v0")
+				l.Run("ip -n " + l.Here + " route add 239.0.0.0/8 dev v0")
 			}
 			l.groupPeer(c.group, 16000)
 			netdevtest.Run(t, func(t *testing.T) netdevtest.Harness {
-				l := &lab{TB: t, here: l.here, there: l.there}
-				p := l.packets(l.there, "tun0")
+				l := &lab{l.For(t)}
+				p := l.Wire(l.There, "tun0")
 				d := l.device("vxlan:vni=42,remote=" + c.group + c.options)
 				if mtu := d.Capabilities().MTU; mtu != 20000-50 && mtu != 20000-70 {
 					t.Errorf("MTU %d over a cable of 20000 bytes", mtu)
 				}
 				return netdevtest.Harness{
 					Device: d, MaxFrame: 16000 + etherLen,
-					Capture: func() (virtio.NetHdr, []byte) { return virtio.NetHdr{}, p.recv(suite) },
-					Inject:  p.send,
-					Close:   p.close,
+					Capture: func() (virtio.NetHdr, []byte) { return virtio.NetHdr{}, p.Recv(suite) },
+					Inject:  p.Send,
+					Close:   p.Close,
 				}
 			})
 		})
@@ -67,21 +67,21 @@ func TestKernelGroup(t *testing.T) {
 // v6 gives both ends IPv6 addresses, of their own link too.
 func (l *lab) v6() {
 	l.Helper()
-	for ns, ip := range map[string]string{l.here: "fd00:9::1/64", l.there: "fd00:9::2/64"} {
-		if err := l.try("ip netns exec " + ns + " sysctl -qw net.ipv6.conf.v0.disable_ipv6=0 net.ipv6.conf.v0.accept_dad=0"); err != nil {
+	for ns, ip := range map[string]string{l.Here: "fd00:9::1/64", l.There: "fd00:9::2/64"} {
+		if err := l.Try("ip netns exec " + ns + " sysctl -qw net.ipv6.conf.v0.disable_ipv6=0 net.ipv6.conf.v0.accept_dad=0"); err != nil {
 			require.Skip(l, "netns", "the kernel has no IPv6: %v", err)
 		}
-		l.run("ip -n " + ns + " link set v0 down")
-		l.run("ip -n " + ns + " link set v0 up")
-		l.run("ip -n " + ns + " address add " + ip + " dev v0 nodad")
+		l.Run("ip -n " + ns + " link set v0 down")
+		l.Run("ip -n " + ns + " link set v0 up")
+		l.Run("ip -n " + ns + " address add " + ip + " dev v0 nodad")
 	}
 }
 
 // TestGroupAndPeers: a frame for all goes to the group and to each host; whoever answers is sent to alone, and group or not he is heard.
 func TestGroupAndPeers(t *testing.T) {
 	l := newLab(t, 1500)
-	wire := l.packets(l.there, "v0")
-	defer wire.close()
+	wire := l.Wire(l.There, "v0")
+	defer wire.Close()
 	d := l.device("vxlan:vni=42,local=" + hereIP + ",remote=239.1.1.1;10.9.0.2,ttl=7,zerocopy=off")
 	defer func() { must(t, d.Close()) }()
 	q, s := d.Queue(0), newSent()
@@ -92,7 +92,7 @@ func TestGroupAndPeers(t *testing.T) {
 			t.Fatal("not taken")
 		}
 		s.want(t, zerocopy.Copied)
-		packet := wire.recv(func(b []byte) bool { // IPv4 and UDP, to the tunnel's port
+		packet := wire.Recv(func(b []byte) bool { // IPv4 and UDP, to the tunnel's port
 			return binary.BigEndian.Uint16(b[12:]) == 0x0800 && b[23] == 17 && binary.BigEndian.Uint16(b[36:]) == 4789
 		})
 		if got := net.IP(packet[30:34]).String(); got != dst || packet[22] != 7 || !bytes.Equal(packet[50:], frame) {
@@ -106,7 +106,7 @@ func TestGroupAndPeers(t *testing.T) {
 		g.Post(2, 2000)
 		p := zerocopy.NewPosted(g.Ring, f)
 		var conn *net.UDPConn
-		l.in(l.there, func() (err error) {
+		l.In(l.There, func() (err error) {
 			conn, err = net.DialUDP("udp4", &net.UDPAddr{IP: from}, net.UDPAddrFromAddrPort(netip.MustParseAddrPort(to)))
 			return err
 		})
@@ -124,15 +124,15 @@ func TestGroupAndPeers(t *testing.T) {
 		})
 		copy(frame, answer[6:12]) // from now on, to whom it came from
 	}
-	l.run("ip -n " + l.there + " address add 10.9.0.3/24 dev v0")
-	l.run("ip -n " + l.here + " neighbour replace 10.9.0.3 lladdr 02:00:00:00:00:02 dev v0")
+	l.Run("ip -n " + l.There + " address add 10.9.0.3/24 dev v0")
+	l.Run("ip -n " + l.Here + " neighbour replace 10.9.0.3 lladdr 02:00:00:00:00:02 dev v0")
 	sends("239.1.1.1")
-	wire.recv(func(b []byte) bool { return bytes.Equal(b[30:34], []byte{10, 9, 0, 2}) })
+	wire.Recv(func(b []byte) bool { return bytes.Equal(b[30:34], []byte{10, 9, 0, 2}) })
 	hears(net.IPv4(10, 9, 0, 3), hereIP+":4789", 1)
 	sends("10.9.0.3")
 	hears(net.IPv4(10, 9, 0, 2), hereIP+":4789", 2)
 	sends("10.9.0.2")
-	l.run("ip -n " + l.there + " route add 239.0.0.0/8 dev v0")
+	l.Run("ip -n " + l.There + " route add 239.0.0.0/8 dev v0")
 	hears(net.IPv4(10, 9, 0, 3), "239.1.1.1:4789", 3)
 	sends("10.9.0.3")
 	if n := d.Stats().Flooded; n != 1 {
@@ -165,7 +165,7 @@ func TestGroupNowhere(t *testing.T) {
 	} {
 		o, err := udp.ParseOptions("vxlan:vni=42," + options)
 		must(t, err)
-		must(t, l.enter(l.here, func() error {
+		must(t, l.Enter(l.Here, func() error {
 			if d, err := udp.Open(o); err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("%s: %v, %v, want %q", options, d, err, want)
 			}

@@ -89,12 +89,12 @@ func testStopWithFramesHeld(t *testing.T, engine string) {
 // TestPeers: frames for all go to every peer, and those for an address go where it was last seen; flows use several source ports.
 func TestPeers(t *testing.T) {
 	l := newLab(t, 1500)
-	l.run("ip -n " + l.there + " address add 10.9.0.3/24 dev v0")
-	l.run("ip -n " + l.here + " neighbour replace 10.9.0.3 lladdr 02:00:00:00:00:02 dev v0")
+	l.Run("ip -n " + l.There + " address add 10.9.0.3/24 dev v0")
+	l.Run("ip -n " + l.Here + " neighbour replace 10.9.0.3 lladdr 02:00:00:00:00:02 dev v0")
 	peers := map[string]*far{}
 	for _, ip := range []string{thereIP, "10.9.0.3"} {
 		f := &far{TB: t, to: netip.MustParseAddrPort(hereIP + ":4789")}
-		l.in(l.there, func() (err error) {
+		l.In(l.There, func() (err error) {
 			f.conn, err = net.ListenUDP("udp4", &net.UDPAddr{IP: net.ParseIP(ip), Port: 4789})
 			return err
 		})
@@ -171,7 +171,7 @@ func TestHostileDatagrams(t *testing.T) {
 	d := l.device(fmt.Sprintf("vxlan:vni=42,local=%s,remote=%s", hereIP, thereIP))
 	t.Cleanup(func() { must(t, d.Close()) }) // after the guest's end
 	var c net.Conn
-	must(t, l.enter(l.there, func() (err error) { c, err = net.Dial("udp4", hereIP+":4789"); return err }))
+	must(t, l.Enter(l.There, func() (err error) { c, err = net.Dial("udp4", hereIP+":4789"); return err }))
 	defer c.Close()
 	b, err := backend.New(backend.Options{Device: d})
 	must(t, err)

@@ -43,13 +43,13 @@ func TestKernelTunnels(t *testing.T) {
 				l := newLab(t, 20000)
 				l.peer(kind, "tun0", 16000)
 				netdevtest.Run(t, func(t *testing.T) netdevtest.Harness {
-					l := &lab{TB: t, here: l.here, there: l.there}
-					p := l.packets(l.there, "tun0")
+					l := &lab{l.For(t)}
+					p := l.Wire(l.There, "tun0")
 					return netdevtest.Harness{
 						Device: l.device(fmt.Sprintf("%s:vni=42,local=%s,remote=%s%s", kind, hereIP, thereIP, options)), MaxFrame: 16000 + etherLen,
-						Capture: func() (virtio.NetHdr, []byte) { return virtio.NetHdr{}, p.recv(suite) },
-						Inject:  p.send,
-						Close:   p.close,
+						Capture: func() (virtio.NetHdr, []byte) { return virtio.NetHdr{}, p.Recv(suite) },
+						Inject:  p.Send,
+						Close:   p.Close,
 					}
 				})
 			})
@@ -106,24 +106,24 @@ func TestTCPOverKernelVXLAN(t *testing.T) {
 		t.Run("options"+options, func(t *testing.T) {
 			l := newLab(t, 9100)
 			l.peer("vxlan", "tun0", 9000)
-			l.run("ip -n " + l.there + " address add 192.168.77.2/24 dev tun0")
+			l.Run("ip -n " + l.There + " address add 192.168.77.2/24 dev tun0")
 			// A cable between namespaces carries inner checksums that are not computed: a network card would have done it.
-			l.run("ip netns exec " + l.there + " " + require.Tool(t, "netns", "ethtool") + " -K tun0 tx off gso off tso off")
+			l.Run("ip netns exec " + l.There + " " + require.Tool(t, "netns", "ethtool") + " -K tun0 tx off gso off tso off")
 			d := l.device("vxlan:vni=42,local=" + hereIP + ",remote=" + thereIP + options)
 			defer func() { must(t, d.Close()) }()
 			if mtu := d.Capabilities().MTU; mtu != 9050 {
 				t.Errorf("MTU %d over a cable of 9100 bytes", mtu)
 			}
 			var tap int
-			l.in(l.here, func() (err error) {
+			l.In(l.Here, func() (err error) {
 				if tap, err = unix.Open(sys.TunPath, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0); err == nil {
 					_, err = sys.TunSetIff(tap, "guest0", sys.TunTap|sys.TunNoPI)
 				}
 				return err
 			})
 			defer unix.Close(tap)
-			l.run("ip -n " + l.here + " address add 192.168.77.1/24 dev guest0")
-			l.run("ip -n " + l.here + " link set guest0 mtu 9000 up")
+			l.Run("ip -n " + l.Here + " address add 192.168.77.1/24 dev guest0")
+			l.Run("ip -n " + l.Here + " link set guest0 mtu 9000 up")
 			done := make(chan error, 1)
 			go func() { done <- l.traffic() }()
 			var err error
@@ -147,7 +147,7 @@ func TestTCPOverKernelVXLAN(t *testing.T) {
 // ping sends echo requests of n bytes, and wants them back.
 func (l *lab) ping(n int) error {
 	var c net.PacketConn
-	if err := l.enter(l.here, func() (err error) { c, err = net.ListenPacket("ip4:icmp", "192.168.77.1"); return err }); err != nil {
+	if err := l.Enter(l.Here, func() (err error) { c, err = net.ListenPacket("ip4:icmp", "192.168.77.1"); return err }); err != nil {
 		return err
 	}
 	defer c.Close()
@@ -181,12 +181,12 @@ func (l *lab) traffic() error {
 		data[i] = byte(x >> 24)
 	}
 	var ln net.Listener
-	if err := l.enter(l.there, func() (err error) { ln, err = net.Listen("tcp", "192.168.77.2:7777"); return err }); err != nil {
+	if err := l.Enter(l.There, func() (err error) { ln, err = net.Listen("tcp", "192.168.77.2:7777"); return err }); err != nil {
 		return err
 	}
 	defer ln.Close()
 	var conn net.Conn
-	if err := l.enter(l.here, func() (err error) { conn, err = net.DialTimeout("tcp", "192.168.77.2:7777", patience); return err }); err != nil {
+	if err := l.Enter(l.Here, func() (err error) { conn, err = net.DialTimeout("tcp", "192.168.77.2:7777", patience); return err }); err != nil {
 		return err
 	}
 	defer conn.Close()

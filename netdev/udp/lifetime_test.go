@@ -44,14 +44,12 @@ const (
 )
 
 func newStation(t *testing.T, l *lab, engine string) *station {
-	mine := *l
-	mine.TB = t
-	s := &station{lab: &mine, far: &far{TB: t}}
-	s.run("ip -n " + s.there + " link set v0 arp off")
+	s := &station{lab: &lab{l.For(t)}, far: &far{TB: t}}
+	s.Run("ip -n " + s.There + " link set v0 arp off")
 	// One processor delivers there, or frames that left here by two would overtake each other.
-	must(t, exec.Command("ip", "netns", "exec", s.there, "sh", "-c", "echo 1 > /sys/class/net/v0/queues/rx-0/rps_cpus").Run())
+	must(t, exec.Command("ip", "netns", "exec", s.There, "sh", "-c", "echo 1 > /sys/class/net/v0/queues/rx-0/rps_cpus").Run())
 	s.resolve()
-	s.in(s.there, func() (err error) {
+	s.In(s.There, func() (err error) {
 		s.far.conn, err = net.ListenUDP("udp4", &net.UDPAddr{IP: net.ParseIP(thereIP), Port: 7000})
 		return err
 	})
@@ -63,7 +61,7 @@ func newStation(t *testing.T, l *lab, engine string) *station {
 	o, err := udp.ParseOptions(fmt.Sprintf("dgram:local=%s:7000,remote=%s:7000,zerocopy-min=4096", hereIP, thereIP) + engine)
 	must(t, err)
 	o.Drain = 100 * time.Millisecond
-	s.in(s.here, func() error { s.dev, err = udp.Open(o); return err })
+	s.In(s.Here, func() error { s.dev, err = udp.Open(o); return err })
 	t.Cleanup(func() { must(t, s.dev.Close()) })
 	s.be, err = backend.New(backend.Options{Device: s.dev, DrainTimeout: 50 * time.Millisecond})
 	must(t, err)
@@ -93,19 +91,26 @@ func (s *station) send(hdr virtio.NetHdr, frame []byte) bool {
 	return true
 }
 
-// reap takes back what was returned, and checks that it is in order.
-func (s *station) reap() (n int) {
+func (s *station) reap() int {
 	s.Helper()
-	for ; ; n++ {
-		id, _, ok := s.q.Driver.Reap()
+	ids := reapInOrder(s, s.q, s.out)
+	s.out = s.out[len(ids):]
+	return len(ids)
+}
+
+// reapInOrder takes back what was returned, and checks that it is the first of out.
+func reapInOrder(t testing.TB, q *vhosttest.Queue, out []uint16) (ids []uint16) {
+	t.Helper()
+	for {
+		id, _, ok := q.Driver.Reap()
 		if !ok {
-			must(s, s.q.Driver.Err())
-			return n
+			must(t, q.Driver.Err())
+			return ids
 		}
-		if len(s.out) == 0 || s.out[0] != id {
-			s.Fatalf("chain %d is back, %v are out", id, s.out)
+		if len(ids) == len(out) || out[len(ids)] != id {
+			t.Fatalf("chain %d is back, %v are out", id, out[len(ids):])
 		}
-		s.out = s.out[1:]
+		ids = append(ids, id)
 	}
 }
 
@@ -117,13 +122,13 @@ func (s *station) inFlight(n int) {
 // resolve and unresolve let frames leave, or wait for the peer's address.
 func (s *station) resolve() {
 	s.Helper()
-	s.run("ip -n " + s.here + " neighbour replace " + thereIP + " lladdr 02:00:00:00:00:02 dev v0")
+	s.Run("ip -n " + s.Here + " neighbour replace " + thereIP + " lladdr 02:00:00:00:00:02 dev v0")
 }
 
 func (s *station) unresolve() {
 	s.Helper()
-	s.run("ip netns exec " + s.here + " sysctl -qw net.ipv4.neigh.v0.mcast_solicit=1000")
-	s.run("ip -n " + s.here + " neighbour del " + thereIP + " dev v0")
+	s.Run("ip netns exec " + s.Here + " sysctl -qw net.ipv4.neigh.v0.mcast_solicit=1000")
+	s.Run("ip -n " + s.Here + " neighbour del " + thereIP + " dev v0")
 }
 
 // pass has the interface hold whatever comes next.
@@ -153,7 +158,7 @@ func (s *station) held(chains int, lengths ...int) {
 func (s *station) open() {
 	s.Helper()
 	s.release("v0")
-	s.in(s.here, func() error { // a datagram, since the clock of tbf does not notice the change
+	s.In(s.Here, func() error { // a datagram, since the clock of tbf does not notice the change
 		c, err := net.Dial("udp4", thereIP+":9")
 		if err != nil {
 			return err
@@ -185,7 +190,7 @@ var states = []state{
 		s.held(3, big, big, big)
 		s.chains, s.want = -1, [][]byte{}
 		s.done = make(chan struct{})
-		go func() { defer close(s.done); _ = s.try("tc -n " + s.here + " qdisc delete dev v0 root") }()
+		go func() { defer close(s.done); _ = s.Try("tc -n " + s.Here + " qdisc delete dev v0 root") }()
 	}, func(s *station) { <-s.done }},
 }
 
@@ -309,7 +314,7 @@ func TestLifetime(t *testing.T) {
 					t.Run(e.name, func(t *testing.T) {
 						vhosttest.NoLeaks(t)
 						s := newStation(t, l, engine)
-						t.Cleanup(func() { _ = s.try("tc -n " + s.here + " qdisc delete dev v0 root") })
+						t.Cleanup(func() { _ = s.Try("tc -n " + s.Here + " qdisc delete dev v0 root") })
 						st.hold(s)
 						s.goesThrough(e, st)
 					})

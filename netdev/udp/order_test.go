@@ -49,9 +49,9 @@ func newCrossing(t *testing.T, o vhosttest.Options) *crossing {
 	t.Helper()
 	c := &crossing{lab: newLab(t, 1500)}
 	c.sink()
-	c.run("ip -n " + c.here + " link add i1 mtu 65535 type ifb")
-	c.run("ip -n " + c.here + " address add 10.7.0.1/24 dev i1")
-	c.run("ip -n " + c.here + " link set i1 up")
+	c.Run("ip -n " + c.Here + " link add i1 mtu 65535 type ifb")
+	c.Run("ip -n " + c.Here + " address add 10.7.0.1/24 dev i1")
+	c.Run("ip -n " + c.Here + " link set i1 up")
 	c.dev = c.device(fmt.Sprintf("vxlan:vni=42,remote=10.8.0.2;10.7.0.2,local=0.0.0.0,mtu=9000,zerocopy-min=500,zerocopy-pending=%d", orderCap))
 	t.Cleanup(func() { must(t, c.dev.Close()) })
 	var err error
@@ -76,8 +76,8 @@ func newCrossing(t *testing.T, o vhosttest.Options) *crossing {
 // learn has the device learn that a station is behind a peer, from a frame that comes from there.
 func (c *crossing) learn(peer string, station byte) {
 	c.Helper()
-	c.run("ip -n " + c.here + " address add " + peer + "/32 dev lo")
-	c.in(c.here, func() error {
+	c.Run("ip -n " + c.Here + " address add " + peer + "/32 dev lo")
+	c.In(c.Here, func() error {
 		conn, err := net.DialUDP("udp4", &net.UDPAddr{IP: net.ParseIP(peer)}, &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 4789})
 		if err != nil {
 			return err
@@ -90,7 +90,7 @@ func (c *crossing) learn(peer string, station byte) {
 	})
 	_, _, err := c.g.Recv(0, patience)
 	must(c, err)
-	c.run("ip -n " + c.here + " address del " + peer + "/32 dev lo")
+	c.Run("ip -n " + c.Here + " address del " + peer + "/32 dev lo")
 }
 
 // add sends n bytes to a station, seen by the device after Flush. It reports false when there is no room.
@@ -114,25 +114,20 @@ func (c *crossing) add(station byte, n int) bool {
 }
 
 // reap takes back what has come, and checks that it is what was to come.
-func (c *crossing) reap() (n int) {
+func (c *crossing) reap() int {
 	c.Helper()
-	for ; ; n++ {
-		id, _, ok := c.q.Driver.Reap()
-		if !ok {
-			must(c, c.q.Driver.Err())
-			return n
-		}
-		if len(c.out) == 0 || c.out[0] != id {
-			c.Fatalf("chain %d is back, %v are out", id, c.out)
-		}
-		c.out, c.slots = c.out[1:], append(c.slots, c.at[id])
+	ids := reapInOrder(c, c.q, c.out)
+	c.out = c.out[len(ids):]
+	for _, id := range ids {
+		c.slots = append(c.slots, c.at[id])
 	}
+	return len(ids)
 }
 
 // left counts the frames that have left through an interface.
 func (c *crossing) left(dev string) (n uint64) {
 	c.Helper()
-	out, err := exec.Command("ip", "-n", c.here, "-s", "-j", "link", "show", "dev", dev).Output()
+	out, err := exec.Command("ip", "-n", c.Here, "-s", "-j", "link", "show", "dev", dev).Output()
 	must(c, err)
 	var links []struct {
 		Stats struct {
@@ -182,7 +177,7 @@ func TestOrderThroughTheKernel(t *testing.T) {
 			c := newCrossing(t, o)
 			fast, slow := c.left("i0"), c.left("i1")
 			sent := c.overtake()
-			c.run("tc -n " + c.here + " qdisc change dev i1 root tbf rate 600mbit burst 60000 limit 10000000")
+			c.Run("tc -n " + c.Here + " qdisc change dev i1 root tbf rate 600mbit burst 60000 limit 10000000")
 			from, n := time.Now(), *orderFrames
 			r := rand.New(rand.NewPCG(1, 2))
 			for back := 0; len(c.out) > 0 || sent < n; {

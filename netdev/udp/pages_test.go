@@ -45,7 +45,7 @@ type rig struct {
 func newRig(t *testing.T, options string) *rig {
 	t.Helper()
 	r := &rig{lab: newLab(t, 65535), far: &far{TB: t}, sent: newSent()}
-	r.in(r.there, func() (err error) {
+	r.In(r.There, func() (err error) {
 		r.far.conn, err = net.ListenUDP("udp4", &net.UDPAddr{IP: net.ParseIP(thereIP), Port: 7000})
 		return err
 	})
@@ -160,11 +160,12 @@ func TestOutcomesAreTheKernels(t *testing.T) {
 		if now := send(500); now[zerocopy.ZeroCopied] != 500 {
 			t.Fatalf("on a path that takes pages: %v", now)
 		}
-		capture := l.packets(l.here, "i0")
+		capture := l.Wire(l.Here, "i0")
+		capture.Set(unix.PACKET_IGNORE_OUTGOING, 0)
 		if now := send(500); now[zerocopy.CopiedAnyway] < 32 || now[zerocopy.CopiedFallback] == 0 || now[zerocopy.ZeroCopied] != 0 {
 			t.Errorf("with a capture on the path: %v", now)
 		}
-		capture.close()
+		capture.Close()
 		deadline := time.Now().Add(patience)
 		for send(10)[zerocopy.ZeroCopied] < 10 {
 			if time.Now().After(deadline) {
@@ -218,7 +219,7 @@ func TestPolicy(t *testing.T) {
 func TestFragmentsAreCopied(t *testing.T) {
 	eachEngine(t, func(t *testing.T, engine string) {
 		l, d := toSink(t, engine+",zerocopy=on")
-		l.run("ip -n " + l.here + " link set i0 mtu 1500")
+		l.Run("ip -n " + l.Here + " link set i0 mtu 1500")
 		s := newSent()
 		for _, c := range []struct {
 			n    int

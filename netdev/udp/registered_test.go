@@ -254,8 +254,8 @@ func TestRegisteringFails(t *testing.T) {
 		r.close()
 		options, err := udp.ParseOptions(fmt.Sprintf("dgram:local=%s:7000,remote=%s:7000,zerocopy=on,no-balloon=on", hereIP, thereIP))
 		must(t, err)
-		r.in(r.here, func() (err error) {
-			if err := dropIPCLock(); err != nil {
+		r.In(r.Here, func() (err error) {
+			if err := dropLockedMemory(); err != nil {
 				return err
 			}
 			r.dev, err = udp.Open(options)
@@ -287,17 +287,6 @@ func testUnregistered(t *testing.T, r *rig, frame []byte) {
 	if o := r.next(t); o != zerocopy.CopiedAnyway || r.registered() != 0 {
 		t.Errorf("released as %v, %d from registered memory", o, r.registered())
 	}
-}
-
-// dropIPCLock takes CAP_IPC_LOCK from the calling thread, so that limits hold for it.
-func dropIPCLock() error {
-	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData
-	if err := unix.Capget(&hdr, &data[0]); err != nil {
-		return err
-	}
-	data[0].Effective &^= 1 << unix.CAP_IPC_LOCK
-	return unix.Capset(&hdr, &data[0])
 }
 
 // pinned is how many bytes this process has pinned (VmPin of /proc/self/status).
