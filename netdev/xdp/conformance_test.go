@@ -21,11 +21,11 @@ func TestDevice(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			l := newLab(t, c.mtu, 1)
 			netdevtest.Run(t, func(t *testing.T) netdevtest.Harness {
-				l := &lab{TB: t, here: l.here, there: l.there}
+				l := &lab{l.For(t)}
 				d := l.device(c.options)
-				w := l.wire()
+				w := l.wire(l.There)
 				return netdevtest.Harness{
-					Device: d, MaxFrame: c.mtu + 14, Close: w.close, Inject: w.send,
+					Device: d, MaxFrame: c.mtu + 14, Close: w.Close, Inject: w.Send,
 					Capture: func() (virtio.NetHdr, []byte) { return w.capture() },
 				}
 			})

@@ -42,8 +42,7 @@ func newIdleMachine(t *testing.T, device string, mtu int, o vhosttest.Options) *
 			t.Error("an XDP program is left on the interface")
 		}
 	})
-	m.far = m.wire()
-	t.Cleanup(m.far.close)
+	m.far = m.wire(m.There)
 	var err error
 	m.be, err = backend.New(backend.Options{Device: m.dev, DrainTimeout: time.Second})
 	must(t, err)
@@ -71,7 +70,7 @@ func (m *machine) toGuest(n int, size func(i int) int) {
 	const burst = 20
 	for i := 0; i < n; i += burst {
 		for j := i; j < i+burst; j++ {
-			m.far.send(netdevtest.Frame(size(j), uint32(j)))
+			m.far.Send(netdevtest.Frame(size(j), uint32(j)))
 		}
 		for j := i; j < i+burst; j++ {
 			m.wants(netdevtest.Frame(size(j), uint32(j)))
@@ -181,7 +180,7 @@ func (m *machine) flood() (stop func()) {
 		if i%32 == 0 {
 			time.Sleep(100 * time.Microsecond)
 		}
-		return m.far.trySend(numbered(i))
+		return m.far.TrySend(numbered(i))
 	})
 	go run(func(uint32) error {
 		_, f, err := m.Recv(0, 10*time.Millisecond)
@@ -191,7 +190,7 @@ func (m *machine) flood() (stop func()) {
 		frames[0]++
 		return errors.Join(err, check(0, f))
 	})
-	reader := m.wire()
+	reader := m.wire(m.There)
 	go run(func(uint32) error {
 		f, ok := reader.tryRecv(10 * time.Millisecond)
 		if !ok {
@@ -208,7 +207,7 @@ func (m *machine) flood() (stop func()) {
 				m.Error(err)
 			}
 		}
-		reader.close()
+		reader.Close()
 		m.Logf("%d frames to the guest, %d to the host, %+v", frames[0], frames[1], m.dev.Stats())
 		if frames[0] == 0 || frames[1] == 0 {
 			m.Error("nothing moved")

@@ -35,7 +35,7 @@ func TestPageChangedWhileHeld(t *testing.T) {
 	}{{"", false}, {",no-balloon=on", true}, {",no-balloon=on,zerocopy=off", false}, {",no-balloon=on,zerocopy=on,mode=generic", true}} {
 		t.Run("options"+c.options, func(t *testing.T) {
 			m := newMachine(t, "xdp:v0"+c.options, 1500, vhosttest.Options{})
-			m.run("ip -n " + m.here + " link set v0 down")
+			m.Run("ip -n " + m.Here + " link set v0 down")
 			frame := netdevtest.Frame(1500, 7)
 			page := m.sendPage(frame)
 			vhosttest.Eventually(t, "the frame at the device", func() bool {
@@ -54,7 +54,7 @@ func TestPageChangedWhileHeld(t *testing.T) {
 					want[i] ^= 0xff
 				}
 			}
-			m.run("ip -n " + m.here + " link set v0 up")
+			m.Run("ip -n " + m.Here + " link set v0 up")
 			if got, _ := m.far.recv(); !bytes.Equal(got, want) {
 				t.Errorf("%d bytes arrived, as they were when sent: %v", len(got), bytes.Equal(got, frame))
 			}
@@ -76,7 +76,7 @@ func TestStopWithFramesHeld(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			m := newMachine(t, "xdp:v0,no-balloon=on", 1500, vhosttest.Options{})
 			m.toGuest(100, sizes(1500))
-			m.run("ip -n " + m.here + " link set v0 down")
+			m.Run("ip -n " + m.Here + " link set v0 down")
 			for i := range held {
 				must(t, m.Send(0, virtio.NetHdr{}, netdevtest.Frame(1000, uint32(i)), nil))
 			}
@@ -91,7 +91,7 @@ func TestStopWithFramesHeld(t *testing.T) {
 				t.Errorf("%+v", st)
 			}
 			m.Hangup()
-			m.run("ip -n " + m.here + " link set v0 up")
+			m.Run("ip -n " + m.Here + " link set v0 up")
 			m.Guest = m.Successor(vhosttest.Options{})
 			m.toHost(20, sizes(1500), nil) // in which none of the old ones shows
 			m.toGuest(100, sizes(1500))
@@ -222,7 +222,7 @@ func TestQueues(t *testing.T) {
 					binary.BigEndian.PutUint16(f[34:], uint16(1000+i))
 					f[40], f[41] = 0, 0
 					sent[string(f)] = true
-					m.far.send(f)
+					m.far.Send(f)
 				}
 			}
 			var got [2]int
@@ -301,16 +301,13 @@ func TestOtherQueuesPass(t *testing.T) {
 	if c := d.Capabilities(); c.MaxPairs != 1 {
 		t.Errorf("%+v", c)
 	}
-	far := l.wire()
-	defer far.close()
-	l.here, l.there = l.there, l.here
-	host := l.wire()
-	defer host.close()
+	far := l.wire(l.There)
+	host := l.wire(l.Here)
 	n := 0
 	for i := range 64 {
 		f, _ := datagram(100, uint32(i))
 		binary.BigEndian.PutUint16(f[34:], uint16(1000+i))
-		far.send(f)
+		far.Send(f)
 	}
 	for _, ok := host.tryRecv(1e9); ok; _, ok = host.tryRecv(5e7) {
 		n++
@@ -324,9 +321,9 @@ func TestOtherQueuesPass(t *testing.T) {
 func TestInterfaceGoes(t *testing.T) {
 	m := newMachine(t, "xdp:v0,no-balloon=on", 1500, vhosttest.Options{})
 	m.toGuest(20, sizes(1500))
-	m.run("ip -n " + m.here + " link del v0")
+	m.Run("ip -n " + m.Here + " link del v0")
 	must(t, m.Send(0, virtio.NetHdr{}, netdevtest.Frame(100, 1), nil))
 	m.Stop()
 	m.Hangup()
-	m.run("ip -n " + m.here + " link add v0 type veth peer name v1") // attached looks for one
+	m.Run("ip -n " + m.Here + " link add v0 type veth peer name v1") // attached looks for one
 }

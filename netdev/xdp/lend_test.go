@@ -129,11 +129,11 @@ func TestInPlaceTouchesNothingElse(t *testing.T) {
 				s.q.Flush()
 				n := 14 + rand.IntN(1005)
 				if i%5 == 0 {
-					s.far.send(netdevtest.Frame(1019+rand.IntN(495), 9))
+					s.far.Send(netdevtest.Frame(1019+rand.IntN(495), 9))
 					long++
 				}
 				want := netdevtest.Frame(n, uint32(i))
-				s.far.send(want)
+				s.far.Send(want)
 				var got []byte
 				vhosttest.Eventually(t, "the frame", func() (ok bool) { got, ok = s.frame(); return ok })
 				if !bytes.Equal(got, want) {
@@ -175,7 +175,7 @@ func TestOddBuffers(t *testing.T) {
 	post(100)
 	for seen < 4000 {
 		for n := rng.IntN(60); n > 0 && sent < seen+60; n-- { // so many have a place at any time
-			s.far.send(netdevtest.Frame(size(sent), uint32(sent)))
+			s.far.Send(netdevtest.Frame(size(sent), uint32(sent)))
 			sent++
 		}
 		for n := rng.IntN(80); n > 0; n-- {
@@ -213,7 +213,7 @@ func TestReadableBuffersWhileLent(t *testing.T) {
 	s.post(1600)
 	s.q.Flush()
 	for i := range 4 {
-		s.far.send(netdevtest.Frame(100+i, uint32(i)))
+		s.far.Send(netdevtest.Frame(100+i, uint32(i)))
 	}
 	for i := range 5 {
 		var got []byte
@@ -242,7 +242,7 @@ func TestNothingIsWrittenAfterStop(t *testing.T) {
 				m.toGuest(300, sizes(1500))
 				landed := m.dev.Stats().InPlace
 				for i := range 50 { // some land before, some maybe not
-					m.far.send(netdevtest.Frame(1514, uint32(i)))
+					m.far.Send(netdevtest.Frame(1514, uint32(i)))
 				}
 				sockets := m.dev.Stats().Sockets
 				way.off(q)
@@ -251,7 +251,7 @@ func TestNothingIsWrittenAfterStop(t *testing.T) {
 					before = append(before, bytes.Clone(r.Mem))
 				}
 				for i := range 600 {
-					m.far.send(netdevtest.Frame(1514, uint32(1000+i)))
+					m.far.Send(netdevtest.Frame(1514, uint32(1000+i)))
 				}
 				for i, r := range m.Mem.Regions {
 					if !bytes.Equal(r.Mem, before[i]) {
@@ -282,7 +282,7 @@ func TestMemoryGoesWhileLent(t *testing.T) {
 		must(t, r.Truncate(0))
 	}
 	for i := range 300 {
-		m.far.send(netdevtest.Frame(100, uint32(i)))
+		m.far.Send(netdevtest.Frame(100, uint32(i)))
 	}
 	vhosttest.Eventually(t, "the end of the session", func() bool { return !m.be.Stats().Connected })
 	m.Guest = m.Successor(vhosttest.Options{})
