@@ -10,41 +10,70 @@ import (
 	"testing"
 )
 
-// TestDocsNameTestsThatExist: what the documents give as evidence is there. A name that ends in * stands for all that begin so.
-func TestDocsNameTestsThatExist(t *testing.T) {
+// What a document can name: a test, of which a name that ends in * stands for all that begin so; a file, by its path from the top and as
+// code; another document, as a link.
+var (
+	mentionedTest = regexp.MustCompile(`\b(?:Test|Fuzz|Benchmark)[A-Z]\w*\*?`)
+	mentionedFile = regexp.MustCompile("`([\\w.-][\\w./-]*/[\\w.-]+\\.(?:go|md|sh|json|service))`")
+	mentionedLink = regexp.MustCompile(`\]\(([^)#:]+)\)`)
+)
+
+// TestDocumentsNameWhatIsThere looks up every test, file and link that a document names.
+func TestDocumentsNameWhatIsThere(t *testing.T) {
+	exists := tests(t)
+	named := 0
+	for _, path := range documents(t) {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := string(b)
+		for _, name := range mentionedTest.FindAllString(text, -1) {
+			if named++; !exists(name) {
+				t.Errorf("%s names %s, which does not exist", path, name)
+			}
+		}
+		var files []string
+		for _, m := range mentionedFile.FindAllStringSubmatch(text, -1) {
+			files = append(files, m[1])
+		}
+		for _, m := range mentionedLink.FindAllStringSubmatch(text, -1) {
+			files = append(files, filepath.Join(filepath.Dir(path), m[1]))
+		}
+		for _, file := range files {
+			named++
+			if _, err := os.Stat(file); err != nil {
+				t.Errorf("%s: %v", path, err)
+			}
+		}
+	}
+	if named < 100 {
+		t.Errorf("%d names found in the documents: this test has stopped looking", named)
+	}
+}
+
+// tests returns what tells whether a test exists, or one that begins so.
+func tests(t *testing.T) func(name string) bool {
+	t.Helper()
 	exist := map[string]bool{}
 	for _, s := range sources(t) {
 		for _, d := range s.ast.Decls {
-			if f, ok := d.(*ast.FuncDecl); ok && f.Recv == nil {
+			if f, ok := d.(*ast.FuncDecl); ok && s.test() && f.Recv == nil {
 				exist[f.Name.Name] = true
 			}
 		}
 	}
-	begins := func(prefix string) bool {
+	return func(name string) bool {
+		prefix, all := strings.CutSuffix(name, "*")
+		if !all {
+			return exist[name]
+		}
 		for name := range exist {
 			if strings.HasPrefix(name, prefix) {
 				return true
 			}
 		}
 		return false
-	}
-	mention := regexp.MustCompile(`\b(?:Test|Fuzz|Benchmark)[A-Z]\w*\*?`)
-	named := 0
-	for _, path := range documents(t) {
-		text, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, name := range mention.FindAllString(string(text), -1) {
-			named++
-			if prefix, all := strings.CutSuffix(name, "*"); all && begins(prefix) || exist[name] {
-				continue
-			}
-			t.Errorf("%s names %s, which does not exist", path, name)
-		}
-	}
-	if named == 0 {
-		t.Error("no document names a test: this test shows nothing")
 	}
 }
 
