@@ -93,12 +93,13 @@ func (m *Msgs) SendOne(fd, i int) syscall.Errno {
 	return errno
 }
 
+// mmsg does not wait, so Go's scheduler need not hear of it: its monitor would take the processor from a batch that lasts, each time.
 func mmsg(nr uintptr, fd int, msgs []mmsghdr, flags uintptr) (int, syscall.Errno) {
 	if len(msgs) == 0 {
 		return 0, 0
 	}
 	for {
-		n, _, errno := unix.Syscall6(nr, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(msgs))), uintptr(len(msgs)), flags, 0, 0)
+		n, _, errno := unix.RawSyscall6(nr, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(msgs))), uintptr(len(msgs)), flags, 0, 0)
 		switch errno {
 		case 0:
 			return int(n), 0

@@ -47,6 +47,27 @@ func flowHash(h []byte) uint32 {
 	return finish(mix(uint32(proto), h[:12]))
 }
 
+// flowLen is how many of a frame's first bytes flowHash looks at, as far as h, some of them, tells; else headLen.
+func flowLen(h []byte) int {
+	off := 12
+	for len(h) >= off+2 {
+		switch binary.BigEndian.Uint16(h[off:]) {
+		case etherVLAN, etherQinQ:
+			off += 4
+			continue
+		case etherIPv6:
+			return min(off+2+44, headLen)
+		case etherIPv4:
+			if ip := h[off+2:]; len(ip) > 0 {
+				return min(off+2+max(20, int(ip[0]&15)*4)+4, headLen)
+			}
+			return headLen
+		}
+		return etherHdr
+	}
+	return headLen
+}
+
 func hasPorts(proto byte) bool { return proto == protoTCP || proto == protoUDP || proto == protoSCTP }
 
 // mix takes in b, four bytes at a time.

@@ -70,7 +70,7 @@ type plan struct {
 
 // admit queues a frame. It reports false when the frame's socket has no room.
 func (s *sender) admit(b *zerocopy.Buffer) bool {
-	head := s.head[:b.CopyTo(s.head[:], 0)]
+	head := s.headers(b)
 	peers := s.route(head)
 	sock := &s.socks[flowHash(head)%uint32(len(s.socks))]
 	p := s.choose(b, len(peers))
@@ -115,6 +115,16 @@ func (s *sender) send(b *zerocopy.Buffer, slot int, sock *outSocket, peer *sys.S
 		}
 		s.pages.msgs.Add(mem)
 	}
+}
+
+// headers copies the first bytes of a frame, once: what is decided on. Those of its first segment do if its headers lie there, as they do where the
+// guest keeps them apart from a large payload: that is in no cache, and to touch it costs more than all else that is done here.
+func (s *sender) headers(b *zerocopy.Buffer) []byte {
+	head := s.head[:copy(s.head[:], b.Segs()[0].Mem)]
+	if len(head) < flowLen(head) {
+		head = s.head[:b.CopyTo(s.head[:], 0)]
+	}
+	return head
 }
 
 // room reports whether sock has room for n bytes, so that the kernel will not refuse a frame that was queued. The kernel is asked only when what is

@@ -152,6 +152,31 @@ func TestFlowHash(t *testing.T) {
 	}
 }
 
+// TestFlowLen: what lies behind the bytes that are said to be enough changes nothing.
+func TestFlowLen(t *testing.T) {
+	heads := map[string][]byte{
+		"arp": {12: 0x08, 0x06}, "ipv4": {12: 0x08, 0, 0x45, 23: protoTCP}, "ipv4 with options": {12: 0x08, 0, 0x4b, 23: protoUDP},
+		"ipv6": {12: 0x86, 0xdd, 0x60, 20: protoUDP}, "vlan": {12: 0x81, 0, 0, 1, 8, 0, 0x45, 27: protoTCP},
+		"two tags": {12: 0x88, 0xa8, 0, 1, 0x81, 0, 0, 2, 0x86, 0xdd, 0x60, 28: protoTCP}, "tags without end": bytes.Repeat([]byte{0x81, 0}, 33),
+	}
+	for name, h := range heads {
+		h = append(h, make([]byte, headLen-len(h))...)
+		n := flowLen(h)
+		for k := range headLen + 1 {
+			if short := flowLen(h[:k]); k >= short && short != n {
+				t.Errorf("%s: %d of the first %d bytes are enough, %d of all", name, short, k, n)
+			}
+		}
+		want := flowHash(h)
+		for i := n; i < headLen; i++ {
+			h[i] = 0xee
+		}
+		if flowHash(h) != want || flowHash(h[:n]) != want {
+			t.Errorf("%s: the hash looks behind the first %d bytes", name, n)
+		}
+	}
+}
+
 func TestTable(t *testing.T) {
 	addr := func(s string) sys.Sockaddr { return sys.NewSockaddr(netip.MustParseAddrPort(s), 0) }
 	named := addr("10.0.0.3:99")
