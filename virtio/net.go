@@ -77,6 +77,19 @@ func (h NetHdr) Encode(b []byte) {
 	}
 }
 
+// EncodeInto writes the header as n bytes, 10 or 12, over the first bytes of segs, which hold as many.
+func (h NetHdr) EncodeInto(segs [][]byte, n int) {
+	if len(segs[0]) >= n {
+		h.Encode(segs[0][:n])
+		return
+	}
+	var b [NetHdrSize]byte
+	h.Encode(b[:n])
+	for rest := b[:n]; len(rest) > 0; segs = segs[1:] {
+		rest = rest[copy(segs[0], rest):]
+	}
+}
+
 // GSO is the segmentation type without the ECN flag.
 func (h NetHdr) GSO() uint8 { return h.GSOType &^ GSOECN }
 

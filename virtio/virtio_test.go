@@ -1,6 +1,7 @@
 package virtio
 
 import (
+	"bytes"
 	"encoding/binary"
 	"strings"
 	"testing"
@@ -35,6 +36,24 @@ func TestNetHdrGolden(t *testing.T) {
 		}
 	}()
 	DecodeNetHdr(golden[:9])
+}
+
+// TestNetHdrEncodeInto: however the bytes are cut into pieces, they are the same, and what lies behind is left alone.
+func TestNetHdrEncodeInto(t *testing.T) {
+	h := NetHdr{Flags: NetHdrNeedsCsum, GSOType: GSOTCPv4, HdrLen: 66, GSOSize: 1448, CsumStart: 34, CsumOffset: 16, NumBuffers: 3}
+	for _, n := range []int{NetHdrSize, NetHdrSizeLegacy} {
+		want := append(make([]byte, n), bytes.Repeat([]byte{0xee}, 20-n)...)
+		h.Encode(want[:n])
+		for a := range 20 {
+			for b := a; b <= 20; b++ {
+				got := bytes.Repeat([]byte{0xee}, 20)
+				h.EncodeInto([][]byte{got[:a], got[a:b], got[b:]}, n)
+				if !bytes.Equal(got, want) {
+					t.Errorf("%d bytes, cut at %d and %d: %x, want %x", n, a, b, got, want)
+				}
+			}
+		}
+	}
 }
 
 func TestNetHdrLen(t *testing.T) {

@@ -180,7 +180,7 @@ func (r *receiver) large(p *zerocopy.Posted, hdr virtio.NetHdr, m int, tagged, i
 			if !r.read(m) {
 				return zerocopy.TooBig
 			}
-			putHeader(segs, hdr, p.HdrLen())
+			hdr.EncodeInto(segs, p.HdrLen())
 			p.Commit(p.HdrLen() + m)
 			return zerocopy.Written
 		}
@@ -249,19 +249,6 @@ func (r *receiver) unstage(p *zerocopy.Posted) zerocopy.WriteResult {
 		r.staged = 0
 	}
 	return res
-}
-
-// putHeader writes hdr to the first n bytes of segs.
-func putHeader(segs [][]byte, hdr virtio.NetHdr, n int) {
-	if len(segs[0]) >= n {
-		hdr.Encode(segs[0][:n])
-		return
-	}
-	var b [virtio.NetHdrSize]byte
-	hdr.Encode(b[:n])
-	for rest := b[:n]; len(rest) > 0; segs = segs[1:] {
-		rest = rest[copy(segs[0], rest):]
-	}
 }
 
 // alive looks now and then whether the interface is down, and while it is, whether it came back or went away.

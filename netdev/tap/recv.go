@@ -130,7 +130,7 @@ func (r *receiver) place(p *zerocopy.Posted, segs [][]byte, m int) zerocopy.Writ
 	}
 	r.learn(m)
 	if m <= r.room && r.accept.Takes(hdr) {
-		putHeader(segs, hdr, p.HdrLen())
+		hdr.EncodeInto(segs, p.HdrLen())
 		p.Commit(p.HdrLen() + m)
 		return zerocopy.Written
 	}
@@ -158,19 +158,6 @@ func (r *receiver) learn(m int) {
 			r.want = (r.peak + wantStep - 1) &^ (wantStep - 1)
 		}
 		r.peak, r.seen = 0, 0
-	}
-}
-
-// putHeader writes hdr to the first n bytes of segs.
-func putHeader(segs [][]byte, hdr virtio.NetHdr, n int) {
-	if len(segs[0]) >= n {
-		hdr.Encode(segs[0][:n])
-		return
-	}
-	var b [virtio.NetHdrSize]byte
-	hdr.Encode(b[:n])
-	for rest := b[:n]; len(rest) > 0; segs = segs[1:] {
-		rest = rest[copy(segs[0], rest):]
 	}
 }
 
