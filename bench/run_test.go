@@ -27,12 +27,7 @@ import (
 // socketIn is a path for a socket, short enough for one.
 func socketIn(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "bench")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return filepath.Join(dir, "s")
+	return filepath.Join(vhosttest.ShortDir(t), "s")
 }
 
 // serve runs a back-end in this process until the test ends or stop is called.

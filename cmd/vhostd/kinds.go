@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"strconv"
 	"strings"
@@ -112,17 +113,21 @@ func openTap(spec string, s *settings) (netdev.Device, error) {
 	if err != nil {
 		return nil, &usageError{err}
 	}
-	switch {
-	case s.queues == 0 || o.Queues == s.queues || len(o.FDs) == s.queues:
-	case o.Queues != 0 || len(o.FDs) > 0:
-		return nil, usagef("--queues %d contradicts --net %q, which has %d", s.queues, spec, max(o.Queues, len(o.FDs)))
-	default:
-		o.Queues = s.queues
+	if o.Queues, err = s.pairs(spec, max(o.Queues, len(o.FDs))); err != nil {
+		return nil, err
 	}
 	if o.MTU == 0 && len(o.FDs) == 0 && o.Macvtap == "" {
 		o.MTU = s.mtu
 	}
 	return tap.Open(o)
+}
+
+// pairs is the number of queue pairs where --net says have, and 0 if neither that nor --queues says one.
+func (s *settings) pairs(spec string, have int) (int, error) {
+	if have != 0 && s.queues != 0 && have != s.queues {
+		return 0, usagef("--queues %d contradicts --net %q, which has %d", s.queues, spec, have)
+	}
+	return cmp.Or(have, s.queues), nil
 }
 
 // openPacket lets the options of --net have the last word over --mtu.
@@ -131,16 +136,10 @@ func openPacket(spec string, s *settings) (netdev.Device, error) {
 	if err != nil {
 		return nil, &usageError{err}
 	}
-	switch {
-	case s.queues == 0 || o.Queues == s.queues:
-	case o.Queues != 0:
-		return nil, usagef("--queues %d contradicts --net %q, which has %d", s.queues, spec, o.Queues)
-	default:
-		o.Queues = s.queues
+	if o.Queues, err = s.pairs(spec, o.Queues); err != nil {
+		return nil, err
 	}
-	if o.MTU == 0 {
-		o.MTU = s.mtu
-	}
+	o.MTU = cmp.Or(o.MTU, s.mtu)
 	return packet.Open(o)
 }
 
@@ -150,12 +149,7 @@ func openXDP(spec string, s *settings) (netdev.Device, error) {
 	if err != nil {
 		return nil, &usageError{err}
 	}
-	if o.MTU == 0 {
-		o.MTU = s.mtu
-	}
-	if o.ZeroCopy == netdev.Auto {
-		o.ZeroCopy = s.policy
-	}
+	o.MTU, o.ZeroCopy = cmp.Or(o.MTU, s.mtu), cmp.Or(o.ZeroCopy, s.policy)
 	o.NoBalloon = o.NoBalloon || s.flags.noBalloon
 	return xdp.Open(o)
 }
@@ -169,12 +163,7 @@ func openUDP(spec string, s *settings) (netdev.Device, error) {
 	if s.queues > 1 {
 		return nil, usagef("--queues %d: --net %s has one queue pair", s.queues, o.Mode)
 	}
-	if o.MTU == 0 {
-		o.MTU = s.mtu
-	}
-	if o.ZeroCopy == netdev.Auto {
-		o.ZeroCopy = s.policy
-	}
+	o.MTU, o.ZeroCopy = cmp.Or(o.MTU, s.mtu), cmp.Or(o.ZeroCopy, s.policy)
 	o.NoBalloon = o.NoBalloon || s.flags.noBalloon
 	return udp.Open(o)
 }

@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/vhostd/vhostd/internal/vhosttest"
 )
 
 // patience bounds every wait. It is no measure of speed: nothing but a hang takes that long.
@@ -167,12 +169,7 @@ func eventually(t *testing.T, what string, cond func() bool) {
 // socketIn is a path for a socket in a directory of the test's own, short enough for one.
 func socketIn(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "vhostd-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return filepath.Join(dir, "vm.sock")
+	return filepath.Join(vhosttest.ShortDir(t), "vm.sock")
 }
 
 func listenOn(t *testing.T, path string) *net.UnixListener {

@@ -21,6 +21,8 @@
 package vhosttest
 
 import (
+	"os"
+	"testing"
 	"time"
 
 	"github.com/vhostd/vhostd/guestmem"
@@ -115,4 +117,15 @@ func (l Layout) cut(to []piece, a guestmem.GPA, n int) []piece {
 		n -= m
 	}
 	return append(to, piece{GPA: a, Len: uint32(n)})
+}
+
+// ShortDir is a directory of the test's own, with a path that is short enough for a socket in it, as that of TempDir is not always.
+func ShortDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "vhostd-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
 }

@@ -31,17 +31,6 @@ func need(t *testing.T) {
 	require.Tool(t, "dpdk", "taskset")
 }
 
-// folder is a directory with a path that is short enough for a socket in it.
-func folder(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "dpdk")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
-}
-
 // echo is vhostd with a device that returns what the guest sends.
 func echo(t *testing.T, socket string) *backend.Backend {
 	t.Helper()
@@ -143,7 +132,7 @@ func TestVirtioUser(t *testing.T) {
 }
 
 func carry(t *testing.T, f dpdk.Form) {
-	dir := folder(t)
+	dir := vhosttest.ShortDir(t)
 	socket, in, out := filepath.Join(dir, "s"), filepath.Join(dir, "in.pcap"), filepath.Join(dir, "out.pcap")
 	longest := 1514
 	if f.Mergeable {
@@ -203,7 +192,7 @@ func checkForm(t *testing.T, f dpdk.Form, features string) {
 // TestBench: the guest's end of vhostd bench at DPDK's vhost library, which returns frames. All contents are checked.
 func TestBench(t *testing.T) {
 	need(t)
-	dir := folder(t)
+	dir := vhosttest.ShortDir(t)
 	socket := filepath.Join(dir, "s")
 	p, err := dpdk.Testpmd(dpdk.Options{CPU: -1, NoHuge: true, Mode: "io", Frame: 9014, Vdevs: []string{dpdk.Vhost(socket)}, Extra: []string{"--no-flush-rx"}})
 	if err != nil {
