@@ -21,6 +21,7 @@ type Msgs struct {
 	names  []Sockaddr
 	iovs   []unix.Iovec
 	first  []int // index in iovs of each message's first piece
+	trains []segmentSize
 	sealed bool
 }
 
@@ -66,6 +67,7 @@ func (m *Msgs) seal() {
 		h := &m.msgs[i].hdr
 		h.Name = &m.names[i].b[0]
 		h.Iov, h.Iovlen = nil, uint64(end-m.first[i])
+		h.Control, h.Controllen = nil, 0
 		if h.Iovlen > 0 {
 			h.Iov = &m.iovs[m.first[i]]
 		}
@@ -109,6 +111,41 @@ func mmsg(nr uintptr, fd int, msgs []mmsghdr, flags uintptr) (int, syscall.Errno
 		}
 	}
 }
+
+// segmentSize is the control message UDP_SEGMENT of udp(7): the length in bytes of the datagrams that a message is cut into.
+type segmentSize struct {
+	hdr  unix.Cmsghdr
+	size uint16
+	_    [6]byte
+}
+
+// To is where datagram i goes.
+func (m *Msgs) To(i int) *Sockaddr { return &m.names[i] }
+
+// Train returns datagrams [i, i+n) as one message, which the kernel, or the network card, cuts into datagrams again: all but the last are size bytes
+// long, the last is no longer, and all go to one address. It is good as Header's is; Apart undoes it.
+func (m *Msgs) Train(i, n, size int) *unix.Msghdr {
+	m.seal()
+	if len(m.trains) < len(m.msgs) {
+		m.trains = make([]segmentSize, 2*len(m.msgs)) // those that are in use stay where they are
+	}
+	c := &m.trains[i]
+	c.size = uint16(size)
+	c.hdr.Level, c.hdr.Type = unix.SOL_UDP, unix.UDP_SEGMENT
+	c.hdr.SetLen(unix.CmsgLen(2))
+	h := &m.msgs[i].hdr
+	end := len(m.iovs)
+	if i+n < len(m.first) {
+		end = m.first[i+n]
+	}
+	h.Iovlen = uint64(end - m.first[i])
+	h.Control = (*byte)(unsafe.Pointer(c))
+	h.SetControllen(unix.CmsgSpace(2))
+	return h
+}
+
+// Apart makes every datagram a message of its own again.
+func (m *Msgs) Apart() { m.sealed = false }
 
 // Inbox is private memory that datagrams are received into, a batch at a time.
 type Inbox struct {

@@ -68,6 +68,7 @@
 //	dev=NAME                  the interface that the sockets are bound to, and at which groups are joined
 //	mtu=BYTES                 of the guest; what the narrowest way to a peer or group leaves
 //	ttl=HOPS                  of the datagrams; the host's default, and 1 to groups
+//	gso=on|off                whether frames of one length to one peer leave the io_uring as one send, to be cut by the card or the kernel; on
 //	learning=on|off           whether peers are learnt from what they send; on
 //	ports=N                   source ports that flows are spread over; 8
 //	zerocopy=auto|on|off      whether frames leave from the guest's pages; auto

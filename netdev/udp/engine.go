@@ -79,6 +79,7 @@ func (d *Device) openEngine() (e engine, how string, err error) {
 	if d.opts.Engine != MsgZeroCopy {
 		var ring *ringEngine
 		if ring, err = newRingEngine(d.opts.ZeroCopyPending); err == nil {
+			ring.noGSO = d.opts.NoGSO
 			s.min = d.opts.least(DefaultZeroCopyMin)
 			return ring, IOUring.String(), nil
 		}

@@ -66,7 +66,7 @@ func TestSocketLimit(t *testing.T) {
 // TestRefusedAfterCounted: the kernel numbers a send before its firewall, say, refuses it. The frames around it are not taken for another.
 func TestRefusedAfterCounted(t *testing.T) {
 	eachEngine(t, func(t *testing.T, engine string) {
-		l, d := toSink(t, engine+",zerocopy=on,ports=1")
+		l, d := toSink(t, engine+",zerocopy=on,ports=1,gso=off")
 		const bad = 5000
 		l.refuse("10.8.0.2/32", "i0", bad+36) // IPv4, UDP and VXLAN
 		s, q := newSent(), d.Queue(0)

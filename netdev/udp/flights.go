@@ -21,6 +21,8 @@ const longNap = 10 * time.Millisecond
 type flight struct {
 	buf     *zerocopy.Buffer // nil: free
 	refused bool             // it was not sent, though the kernel still refers to its pages
+	copied  bool             // the same, but a copy of it was sent in its place
+	next    int              // slot of the datagram behind it that is part of the same send, or -1
 	page    []byte           // see sender.fit; nil until it is needed
 	// registered: its pages are held by their registration too
 	registered bool
@@ -39,6 +41,7 @@ type flights struct {
 	most     int    // frames at once
 	notified [2]uint64
 	fixed    uint64 // from registered memory
+	trains   uint64 // sends of several frames
 	limited  uint64 // copied because the kernel takes no more, see errorQueueEngine
 	lost     uint64 // refused elsewhere than in the worker's turns, not yet in its count
 
@@ -85,7 +88,8 @@ func (f *flights) take(b *zerocopy.Buffer) (slot int, o zerocopy.Outcome) {
 	}
 	slot = f.free[n-1]
 	f.free = f.free[:n-1]
-	f.slots[slot].buf, f.slots[slot].refused = b, false
+	s := &f.slots[slot]
+	s.buf, s.refused, s.copied, s.next = b, false, false, -1
 	f.most = max(f.most, len(f.slots)-len(f.free))
 	f.out.Add(1)
 	return slot, zerocopy.ZeroCopied
@@ -227,6 +231,7 @@ type FlightStats struct {
 	InFlight, Most int    // frames in the kernel's hands, now and at most
 	Pauses, Probes uint64 // of the throttle
 	Registered     uint64 // frames that left from registered memory
+	Trains         uint64 // sends of several frames in one
 	Limited        uint64 // frames copied because of net.core.optmem_max or RLIMIT_MEMLOCK, which bind MSG_ZEROCOPY
 }
 
@@ -236,6 +241,6 @@ func (f *flights) stats() FlightStats {
 	return FlightStats{
 		ByPage: f.notified[byPage], ByCopy: f.notified[byCopy], InFlight: int(f.out.Load()), Most: f.most,
 		Pauses: f.throttle.Pauses, Probes: f.throttle.Probes, Limited: f.limited,
-		Registered: f.fixed,
+		Registered: f.fixed, Trains: f.trains,
 	}
 }

@@ -24,6 +24,7 @@ func (l *lab) groupPeer(group string, mtu int) {
 		require.Skip(l, "vxlan", "the kernel has no vxlan: %v", err)
 	}
 	l.Run(fmt.Sprintf("ip -n %s link set tun0 mtu %d up", l.There, mtu))
+	l.Run(fmt.Sprintf("ip netns exec %s %s -K tun0 gro off", l.There, require.Tool(l, "netns", "ethtool"))) // as in peer
 }
 
 // TestKernelGroup has the device find the kernel's vxlan through a group, and talk to it.

@@ -63,6 +63,8 @@ func (l *lab) peer(kind, name string, mtu int) {
 		require.Skip(l, kind, "the kernel has no %s: %v", kind, err)
 	}
 	l.Run(fmt.Sprintf("ip -n %s link set %s mtu %d up", l.There, name, mtu))
+	// Else the kernel puts the segments that it gets together again.
+	l.Run(fmt.Sprintf("ip netns exec %s %s -K %s gro off", l.There, require.Tool(l, "netns", "ethtool"), name))
 }
 
 // bucket is how many bytes pass a held interface before frames wait.

@@ -54,6 +54,7 @@ type Options struct {
 	// NoBalloon says that nobody takes pages away from the guest (no balloon, free page reporting or virtio-mem), so that its memory may
 	// be registered: see netdev.Registrar.
 	NoBalloon bool
+	NoGSO     bool // every frame that leaves without a copy is a send of its own: see ringEngine
 }
 
 // keys are the options in a string.
@@ -74,6 +75,7 @@ var keys = netopt.Keys[Options]{
 		return
 	}},
 	{Name: "zerocopy-engine", Value: "auto|io_uring|msg_zerocopy", Set: parseEngine},
+	{Name: "gso", Value: "on|off", Set: func(o *Options, v string) error { on, err := netopt.OnOff(v); o.NoGSO = !on; return err }},
 	{Name: "no-balloon", Value: "on|off", Set: func(o *Options, v string) (err error) { o.NoBalloon, err = netopt.OnOff(v); return }},
 }
 

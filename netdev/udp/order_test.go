@@ -45,14 +45,14 @@ const (
 // orderCap is the cap on frames that are sent from guest pages.
 const orderCap = 60
 
-func newCrossing(t *testing.T, o vhosttest.Options) *crossing {
+func newCrossing(t *testing.T, o vhosttest.Options, more string) *crossing {
 	t.Helper()
 	c := &crossing{lab: newLab(t, 1500)}
 	c.sink()
 	c.Run("ip -n " + c.Here + " link add i1 mtu 65535 type ifb")
 	c.Run("ip -n " + c.Here + " address add 10.7.0.1/24 dev i1")
 	c.Run("ip -n " + c.Here + " link set i1 up")
-	c.dev = c.device(fmt.Sprintf("vxlan:vni=42,remote=10.8.0.2;10.7.0.2,local=0.0.0.0,mtu=9000,zerocopy-min=500,zerocopy-pending=%d", orderCap))
+	c.dev = c.device(fmt.Sprintf("vxlan:vni=42,remote=10.8.0.2;10.7.0.2,local=0.0.0.0,mtu=9000,zerocopy-min=500,zerocopy-pending=%d%s", orderCap, more))
 	t.Cleanup(func() { must(t, c.dev.Close()) })
 	var err error
 	c.be, err = backend.New(backend.Options{Device: c.dev, Poll: 20 * time.Microsecond})
@@ -172,9 +172,16 @@ func (c *crossing) overtake() (frames int) {
 // TestOrderThroughTheKernel: frames to two peers, of which one is slow, copied and not, so that the kernel's completions come out of order. Every
 // frame leaves once, every chain comes back once and in order, and the kernel never has more than the cap.
 func TestOrderThroughTheKernel(t *testing.T) {
-	for name, o := range map[string]vhosttest.Options{"split": {Without: virtio.FInOrder}, "packed, in order": {Packed: true}} {
-		t.Run(name, func(t *testing.T) {
-			c := newCrossing(t, o)
+	for _, tt := range []struct {
+		name, more string
+		o          vhosttest.Options
+	}{
+		{"split", ",gso=off", vhosttest.Options{Without: virtio.FInOrder}},
+		{"packed, in order", ",gso=off", vhosttest.Options{Packed: true}},
+		{"trains", "", vhosttest.Options{}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := newCrossing(t, tt.o, tt.more)
 			fast, slow := c.left("i0"), c.left("i1")
 			sent := c.overtake()
 			c.Run("tc -n " + c.Here + " qdisc change dev i1 root tbf rate 600mbit burst 60000 limit 10000000")
@@ -209,7 +216,8 @@ func (c *crossing) check(n int, fast, slow uint64) {
 	if o["zerocopied"] != st.ByPage || o["copied_anyway"] != st.ByCopy || st.Most != orderCap || st.InFlight != 0 || st.Flooded != 0 {
 		c.Errorf("%+v, outcomes %v", st, o)
 	}
-	if i0, i1 := c.left("i0")-fast, c.left("i1")-slow; i0+i1 != uint64(n) || i0 == 0 || i1 == 0 {
+	// A train is one to the counters, unless somebody cut it.
+	if i0, i1 := c.left("i0")-fast, c.left("i1")-slow; i0+i1 > uint64(n) || st.Trains == 0 && i0+i1 != uint64(n) || i0 == 0 || i1 == 0 {
 		c.Errorf("%d and %d frames left, %d were sent", i0, i1, n)
 	}
 }

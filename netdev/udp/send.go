@@ -104,6 +104,7 @@ func (s *sender) send(b *zerocopy.Buffer, slot int, sock *outSocket, peer *sys.S
 		r = nil
 	}
 	s.pages.begin(sock.fd, slot, p.chunk, peer)
+	s.pages.lens, s.pages.frags = append(s.pages.lens, len(s.tunnel)+b.Len()), append(s.pages.frags, p.frags)
 	s.pages.msgs.Add(s.before(b, slot, p))
 	skip := p.pull
 	for _, seg := range b.Segs() {
@@ -330,11 +331,14 @@ type pageSends struct {
 	fds    []int // by datagram
 	slots  []int // by datagram
 	chunks []int // by datagram: the registered buffer that all of it lies in, or -1
+	lens   []int // by datagram: bytes
+	frags  []int // by datagram: pages that it refers to, at most
 }
 
 func (p *pageSends) reset() {
 	p.msgs.Reset()
 	p.fds, p.slots, p.chunks = p.fds[:0], p.slots[:0], p.chunks[:0]
+	p.lens, p.frags = p.lens[:0], p.frags[:0]
 }
 
 // begin starts another datagram, without a piece yet.

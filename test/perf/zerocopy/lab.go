@@ -152,15 +152,16 @@ func run(command string) error {
 	return nil
 }
 
-// arrived is how many frames the ifb has seen. Those that it frees it counts as received first, whoever they are from.
-func (l *lab) arrived() (uint64, error) {
+// arrived is how many frames of size bytes the ifb has seen, by its bytes: several frames may leave as one packet, which a card would cut, and
+// share the headers then. What it frees it counts as received first, whoever it is from.
+func (l *lab) arrived(size int) (uint64, error) {
 	out, err := exec.Command("ip", "-n", l.sink, "-j", "-s", "link", "show", "dev", "sink").Output()
 	if err != nil {
 		return 0, fmt.Errorf("counters of the ifb: %w", err)
 	}
 	var links []struct {
 		Stats struct {
-			Rx struct{ Packets uint64 }
+			Rx struct{ Bytes uint64 }
 		} `json:"stats64"`
 	}
 	if err := json.Unmarshal(out, &links); err != nil {
@@ -169,7 +170,7 @@ func (l *lab) arrived() (uint64, error) {
 	if len(links) != 1 {
 		return 0, errors.New("counters of the ifb: there is none")
 	}
-	return links[0].Stats.Rx.Packets, nil
+	return links[0].Stats.Rx.Bytes / uint64(size), nil
 }
 
 // net is vhostd's --net for a mode.

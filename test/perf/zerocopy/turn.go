@@ -238,7 +238,7 @@ func take(ctx context.Context, c *config, l *lab, t turn, m mode) (turn, error) 
 	if err != nil {
 		return t, err
 	}
-	arrived, err := l.arrived()
+	arrived, err := l.arrived(t.Size)
 	if err != nil {
 		return t, err
 	}
@@ -263,7 +263,7 @@ func take(ctx context.Context, c *config, l *lab, t turn, m mode) (turn, error) 
 	if err != nil {
 		return t, err
 	}
-	if t.Arrived, err = l.arrived(); err != nil {
+	if t.Arrived, err = l.arrived(t.Size); err != nil {
 		return t, err
 	}
 	t.Arrived -= arrived
