@@ -189,17 +189,25 @@ func checkForm(t *testing.T, f dpdk.Form, features string) {
 	}
 }
 
+// startVhost starts DPDK's back-end at socket. It returns every frame.
+func startVhost(t *testing.T, socket string) *dpdk.Process {
+	t.Helper()
+	_ = os.Remove(socket) // of one that has crashed
+	p, err := dpdk.Testpmd(dpdk.Options{CPU: -1, NoHuge: true, Mode: "io", Frame: 9014, Vdevs: []string{dpdk.Vhost(socket)}, Extra: []string{"--no-flush-rx"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Say("start")
+	return p
+}
+
 // TestBench: the guest's end of vhostd bench at DPDK's vhost library, which returns frames. All contents are checked.
 func TestBench(t *testing.T) {
 	need(t)
 	dir := vhosttest.ShortDir(t)
 	socket := filepath.Join(dir, "s")
-	p, err := dpdk.Testpmd(dpdk.Options{CPU: -1, NoHuge: true, Mode: "io", Frame: 9014, Vdevs: []string{dpdk.Vhost(socket)}, Extra: []string{"--no-flush-rx"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer p.Stop()
-	p.Say("start")
+	p := startVhost(t, socket)
+	defer func() { p.Stop() }()
 	for name, change := range map[string]func(*bench.Config){
 		"plain":    func(c *bench.Config) { c.Mergeable = false },
 		"merged":   func(c *bench.Config) { c.Frames = []int{9000, 64, 2036, 2037} },
@@ -215,6 +223,13 @@ func TestBench(t *testing.T) {
 				c.Patience = vhosttest.Patience
 				change(&c)
 				r, err := bench.Run(t.Context(), c)
+				for again := 2; err != nil && again > 0; again-- {
+					// DPDK 22.11's back-end crashes now and then when a queue stops under it. A fault of ours would come again.
+					t.Logf("starting DPDK again: %v\n%s", err, p.Tail())
+					p.Stop()
+					p = startVhost(t, socket)
+					r, err = bench.Run(t.Context(), c)
+				}
 				if err != nil {
 					t.Fatalf("%v\n%s", err, p.Tail())
 				}
