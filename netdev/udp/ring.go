@@ -102,14 +102,10 @@ func (e *ringEngine) queue(f *flights, p *pageSends, i, n int) bool {
 	return e.ring.SendmsgZCFixed(p.fds[i], h, p.chunks[i], uint64(p.slots[i]))
 }
 
-// sendApart sends copies of the datagrams of a train that the kernel refused, which it says before Submit returns. Their slots wait for it to
-// let go of the pages.
+// sendApart sends copies of the datagrams of a train that the kernel refused in this turn. Their slots wait for it to let go of the pages.
 func (e *ringEngine) sendApart(f *flights, first int) (refused uint64) {
 	e.noTrain = time.Now().Add(trainPause)
 	p := e.sending
-	if p == nil {
-		panic("bug: a send was refused after it was submitted")
-	}
 	p.msgs.Apart()
 	i := slices.Index(p.slots, first)
 	for slot := first; slot >= 0; slot = f.slots[slot].next {
@@ -133,7 +129,8 @@ func (e *ringEngine) reap(f *flights) (refused uint64) {
 			return refused
 		}
 		slot := int(c.Data)
-		if c.Errno() != 0 && c.More() && f.slots[slot].next >= 0 {
+		// A refusal comes before Submit returns; one that came later would be the end of the frames, as there is nothing left to send again.
+		if c.Errno() != 0 && c.More() && f.slots[slot].next >= 0 && e.sending != nil {
 			refused += e.sendApart(f, slot)
 			continue
 		}
