@@ -24,19 +24,33 @@ type kind struct {
 	what string
 	// pages: frames can leave from the guest's own pages.
 	pages bool
-	open  func(spec string, s *settings) (netdev.Device, error) // settles what --net says of other settings
+	parse func(spec string, s *settings) (opener, error) // settles what --net says of other settings
+}
+
+// opener opens a device whose options have been understood.
+type opener func() (netdev.Device, error)
+
+// openerOf is what a device's Open and its options come to.
+func openerOf[O any, D netdev.Device](open func(O) (D, error), o O) opener {
+	return func() (netdev.Device, error) {
+		d, err := open(o)
+		if err != nil {
+			return nil, err // and no Device that is not there
+		}
+		return d, nil
+	}
 }
 
 // kinds are all that there are; the first is the default.
 var kinds = []kind{
-	{"user", "user[,hostfwd=...][,mtu=BYTES][,restrict=on]...", "a network of its own behind the host's sockets, which needs no privilege (the default)", false, openUser},
-	{"tap", "tap[:NAME][,bridge=BR][,mtu=BYTES][,fd=N][,macvtap=DEV]...", "an interface of the host, made if there is none", false, openTap},
-	{"packet", "packet:NAME[,queues=N][,fanout=hash|cpu|qm][,mtu=BYTES][,promisc=off]...", "an interface of the host that is there, such as a network card", false, openPacket},
-	{"xdp", "xdp:NAME[,queue=N][,mode=auto|native|generic|copy|zerocopy][,mtu=BYTES][,no-balloon=on]...", "an interface of the host that is there, past the kernel's network stack (AF_XDP)", true, openXDP},
-	{"null", "null[,generate=on][,size=BYTES][,count=N][,readheaders=on][,echo=on]", "no network: drops frames, makes them, or returns a copy of each, for measurements", false, openNull},
-	{"vxlan", "vxlan:vni=N,remote=ADDR[;ADDR...][,local=ADDR][,port=N][,zerocopy=auto|on|off]...", "a VXLAN tunnel to other hosts or multicast groups, large frames from the guest's pages", true, openUDP},
-	{"geneve", "geneve:vni=N,remote=ADDR[;ADDR...][,local=ADDR][,port=N]...", "a Geneve tunnel to other hosts or multicast groups", true, openUDP},
-	{"dgram", "dgram:local=ADDR:PORT,remote=ADDR:PORT...", "Ethernet frames in UDP datagrams, as QEMU's -netdev dgram has them", true, openUDP},
+	{"user", "user[,hostfwd=...][,mtu=BYTES][,restrict=on]...", "a network of its own behind the host's sockets, which needs no privilege (the default)", false, parseUser},
+	{"tap", "tap[:NAME][,bridge=BR][,mtu=BYTES][,fd=N][,macvtap=DEV]...", "an interface of the host, made if there is none", false, parseTap},
+	{"packet", "packet:NAME[,queues=N][,fanout=hash|cpu|qm][,mtu=BYTES][,promisc=off]...", "an interface of the host that is there, such as a network card", false, parsePacket},
+	{"xdp", "xdp:NAME[,queue=N][,mode=auto|native|generic|copy|zerocopy][,mtu=BYTES][,no-balloon=on]...", "an interface of the host that is there, past the kernel's network stack (AF_XDP)", true, parseXDP},
+	{"null", "null[,generate=on][,size=BYTES][,count=N][,readheaders=on][,echo=on]", "no network: drops frames, makes them, or returns a copy of each, for measurements", false, parseNull},
+	{"vxlan", "vxlan:vni=N,remote=ADDR[;ADDR...][,local=ADDR][,port=N][,zerocopy=auto|on|off]...", "a VXLAN tunnel to other hosts or multicast groups, large frames from the guest's pages", true, parseUDP},
+	{"geneve", "geneve:vni=N,remote=ADDR[;ADDR...][,local=ADDR][,port=N]...", "a Geneve tunnel to other hosts or multicast groups", true, parseUDP},
+	{"dgram", "dgram:local=ADDR:PORT,remote=ADDR:PORT...", "Ethernet frames in UDP datagrams, as QEMU's -netdev dgram has them", true, parseUDP},
 }
 
 const hostfwdUsage = "with --net user, forward a port of the host to the guest: `tcp|udp:[ADDR]:PORT-[ADDR]:PORT`; may be repeated"
@@ -69,27 +83,27 @@ func kindsHelp() string {
 	return b.String()
 }
 
-// openDevice opens the device that --net names.
-func openDevice(s *settings) (netdev.Device, error) {
+// parseDevice understands what --net names. All its errors are faults.
+func parseDevice(s *settings) (opener, error) {
 	name, _, _ := strings.Cut(s.net, ",")
 	name, _, _ = strings.Cut(name, ":")
 	if len(s.hostfwd) > 0 && name != "user" {
-		return nil, usagef("--hostfwd is for --net user; behind %s the guest has addresses of its own", name)
+		return nil, s.faultf("hostfwd", "is for %s user; behind %s the guest has addresses of its own", s.word("net"), name)
 	}
 	for _, k := range kinds {
 		if k.name != name {
 			continue
 		}
 		if s.policy == netdev.On && !k.pages {
-			return nil, usagef("--zerocopy on: --net %s copies every frame; %s do not", name, pageKinds())
+			return nil, s.faultf("zerocopy", "on: %s %s copies every frame; %s do not", s.word("net"), name, pageKinds())
 		}
-		return k.open(s.net, s)
+		return k.parse(s.net, s)
 	}
-	return nil, usagef("--net %q: unknown kind %q, known are %s", s.net, name, kindNames())
+	return nil, s.faultf("net", "%q: unknown kind %q, known are %s", s.net, name, kindNames())
 }
 
-// openUser lets the options of --net have the last word over --mtu. One queue pair will do for most guests.
-func openUser(spec string, s *settings) (netdev.Device, error) {
+// parseUser lets the options of --net have the last word over --mtu. One queue pair will do for most guests.
+func parseUser(spec string, s *settings) (opener, error) {
 	parts := []string{"user"}
 	if s.mtu != 0 {
 		parts = append(parts, fmt.Sprintf("mtu=%d", s.mtu))
@@ -102,16 +116,19 @@ func openUser(spec string, s *settings) (netdev.Device, error) {
 	}
 	o, err := user.ParseOptions(strings.Join(parts, ","))
 	if err != nil {
-		return nil, &usageError{err}
+		return nil, &fault{"net", err}
 	}
 	s.queues = max(s.queues, 1)
-	return user.Open(o)
+	return openerOf(user.Open, o), nil
 }
 
-func openTap(spec string, s *settings) (netdev.Device, error) {
+func parseTap(spec string, s *settings) (opener, error) {
 	o, err := tap.ParseOptions(spec)
 	if err != nil {
-		return nil, &usageError{err}
+		return nil, &fault{"net", err}
+	}
+	if len(o.FDs) > 0 && !s.inherits {
+		return nil, s.faultf("net", "%q: descriptors are inherited by vhostd run alone", spec)
 	}
 	if o.Queues, err = s.pairs(spec, max(o.Queues, len(o.FDs))); err != nil {
 		return nil, err
@@ -119,53 +136,53 @@ func openTap(spec string, s *settings) (netdev.Device, error) {
 	if o.MTU == 0 && len(o.FDs) == 0 && o.Macvtap == "" {
 		o.MTU = s.mtu
 	}
-	return tap.Open(o)
+	return openerOf(tap.Open, o), nil
 }
 
 // pairs is the number of queue pairs where --net says have, and 0 if neither that nor --queues says one.
 func (s *settings) pairs(spec string, have int) (int, error) {
 	if have != 0 && s.queues != 0 && have != s.queues {
-		return 0, usagef("--queues %d contradicts --net %q, which has %d", s.queues, spec, have)
+		return 0, s.faultf("queues", "%d contradicts %s %q, which has %d", s.queues, s.word("net"), spec, have)
 	}
 	return cmp.Or(have, s.queues), nil
 }
 
-// openPacket lets the options of --net have the last word over --mtu.
-func openPacket(spec string, s *settings) (netdev.Device, error) {
+// parsePacket lets the options of --net have the last word over --mtu.
+func parsePacket(spec string, s *settings) (opener, error) {
 	o, err := packet.ParseOptions(spec)
 	if err != nil {
-		return nil, &usageError{err}
+		return nil, &fault{"net", err}
 	}
 	if o.Queues, err = s.pairs(spec, o.Queues); err != nil {
 		return nil, err
 	}
 	o.MTU = cmp.Or(o.MTU, s.mtu)
-	return packet.Open(o)
+	return openerOf(packet.Open, o), nil
 }
 
-// openXDP lets the options of --net have the last word over --mtu, --zerocopy and --no-balloon. There is a queue pair for each queue of the interface.
-func openXDP(spec string, s *settings) (netdev.Device, error) {
+// parseXDP lets the options of --net have the last word over --mtu, --zerocopy and --no-balloon. There is a queue pair for each queue of the interface.
+func parseXDP(spec string, s *settings) (opener, error) {
 	o, err := xdp.ParseOptions(spec)
 	if err != nil {
-		return nil, &usageError{err}
+		return nil, &fault{"net", err}
 	}
 	o.MTU, o.ZeroCopy = cmp.Or(o.MTU, s.mtu), cmp.Or(o.ZeroCopy, s.policy)
 	o.NoBalloon = o.NoBalloon || s.flags.noBalloon
-	return xdp.Open(o)
+	return openerOf(xdp.Open, o), nil
 }
 
-// openUDP lets the options of --net have the last word over --mtu. A tunnel has one queue pair.
-func openUDP(spec string, s *settings) (netdev.Device, error) {
+// parseUDP lets the options of --net have the last word over --mtu. A tunnel has one queue pair.
+func parseUDP(spec string, s *settings) (opener, error) {
 	o, err := udp.ParseOptions(spec)
 	if err != nil {
-		return nil, &usageError{err}
+		return nil, &fault{"net", err}
 	}
 	if s.queues > 1 {
-		return nil, usagef("--queues %d: --net %s has one queue pair", s.queues, o.Mode)
+		return nil, s.faultf("queues", "%d: %s %s has one queue pair", s.queues, s.word("net"), o.Mode)
 	}
 	o.MTU, o.ZeroCopy = cmp.Or(o.MTU, s.mtu), cmp.Or(o.ZeroCopy, s.policy)
 	o.NoBalloon = o.NoBalloon || s.flags.noBalloon
-	return udp.Open(o)
+	return openerOf(udp.Open, o), nil
 }
 
 // nullOptions are those of --net null.
@@ -182,21 +199,21 @@ var nullKeys = netopt.Keys[nullOptions]{
 	{Name: "echo", Value: "on|off", Set: func(o *nullOptions, v string) (err error) { o.echo, err = netopt.OnOff(v); return }},
 }
 
-func openNull(spec string, s *settings) (netdev.Device, error) {
+func parseNull(spec string, s *settings) (opener, error) {
 	none := null.Options{Pairs: s.queues}
 	o := nullOptions{Options: none}
 	if _, err := nullKeys.Parse(&o, netopt.Split(strings.TrimLeft(strings.TrimPrefix(spec, "null"), ":,"))); err != nil {
-		return nil, usagef("--net %q: %w", spec, err)
+		return nil, s.faultf("net", "%q: %w", spec, err)
 	}
 	if o.echo {
 		if o.Options != none {
-			return nil, usagef("--net %q: echo=on goes with no other option: all frames come from the guest, and their headers are read", spec)
+			return nil, s.faultf("net", "%q: echo=on goes with no other option: all frames come from the guest, and their headers are read", spec)
 		}
-		return pair.NewLoop(pair.Options{Pairs: s.queues})
+		return openerOf(pair.NewLoop, pair.Options{Pairs: s.queues}), nil
 	}
-	d, err := null.New(o.Options)
+	d, err := null.New(o.Options) // it takes nothing of the host
 	if err != nil {
-		return nil, usagef("--net %q: %w", spec, err)
+		return nil, s.faultf("net", "%q: %w", spec, err)
 	}
-	return d, nil
+	return func() (netdev.Device, error) { return d, nil }, nil
 }

@@ -14,9 +14,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 
-	"github.com/vhostd/vhostd/backend"
 	"github.com/vhostd/vhostd/internal/control"
-	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/vhostuser"
 )
 
@@ -77,47 +75,29 @@ func serve(s settings, stdout io.Writer, log *slog.Logger) (err error) {
 	signal.Ignore(syscall.SIGPIPE) // a reader of the log that goes away must not take the guest's network with it
 	ctx, cancel := untilSignal(log)
 	defer cancel()
-	dev, err := openDevice(&s)
+	open, err := parseDevice(&s)
+	if err != nil {
+		return &usageError{err}
+	}
+	p, err := openPort(s, open, log)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, closeDevice(dev, log)) }()
-	be, err := backend.New(backend.Options{
-		Device: dev, MAC: s.mac, MTU: s.mtu, Log: log, Poll: s.poll, MaxPairs: s.queues, Disable: s.disable,
-	})
-	if err != nil {
-		return err
-	}
-	src, err := openSource(s, log)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, src.Close()) }()
-	closeDoors, err := openDoors(s, src.path, reporter(be, dev, s, src.path), log)
+	defer func() { err = errors.Join(err, p.close()) }()
+	path := p.src.path
+	closeDoors, err := openDoors(s, path, p.report, log)
 	if err != nil {
 		return err
 	}
 	defer closeDoors()
-	if src.hint {
-		printHint(stdout, s, src.path, be)
+	if p.src.hint {
+		printHint(stdout, s, path, p.be)
 	}
-	caps := dev.Capabilities()
-	log.Info("ready", "version", buildInfo().Version, "socket", src.path, "net", caps.Kind, "name", caps.Name, "mtu", caps.MTU)
+	caps := p.dev.Capabilities()
+	log.Info("ready", "version", buildInfo().Version, "socket", path, "net", caps.Kind, "name", caps.Name, "mtu", caps.MTU)
 	notify(log, daemon.SdNotifyReady)
 	defer notify(log, daemon.SdNotifyStopping)
-	return be.Serve(ctx, announcing{src, log})
-}
-
-// closeDevice closes the device. Frames that the kernel still holds are no failure: their pages are the kernel's to keep until they have left, whether this
-// process lives or not.
-func closeDevice(dev netdev.Device, log *slog.Logger) error {
-	err := dev.Close()
-	var held *netdev.HeldError
-	if errors.As(err, &held) {
-		log.Warn("ending with frames in the kernel, which will leave all the same", "frames", held.Frames, "waited", held.Waited)
-		return nil
-	}
-	return err
+	return p.be.Serve(ctx, announcing{p.src, log})
 }
 
 // openDoors opens the ways to ask the daemon about itself: the control socket, and metrics if they are asked for.

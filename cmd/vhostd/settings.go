@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -75,17 +76,39 @@ func (f *flags) register(fs *pflag.FlagSet) {
 // settings are flags that have been understood.
 type settings struct {
 	flags
-	mode    uint32 // of the socket
-	group   int    // of the socket; -1: leave it
-	mac     [6]byte
-	disable virtio.Features
-	policy  netdev.Policy // of sending from the guest's pages
-	level   slog.Level
+	mode     uint32 // of the socket
+	group    int    // of the socket; -1: leave it
+	mac      [6]byte
+	disable  virtio.Features
+	policy   netdev.Policy // of sending from the guest's pages
+	level    slog.Level
+	dash     string // what stands before an option's name: "--", or nothing in a configuration file
+	inherits bool   // descriptors of whoever started this process are for this guest
+}
+
+// fault is what is wrong about one option, by its name without dashes.
+type fault struct {
+	option string
+	err    error
+}
+
+func (e *fault) Error() string { return e.err.Error() }
+func (e *fault) Unwrap() error { return e.err }
+
+// word is an option's name where the user has written it.
+func (s settings) word(option string) string { return s.dash + option }
+
+// faultf is fmt.Errorf for a fault. The option's name comes first on a command line; of a file, it is told with the line.
+func (s settings) faultf(option, format string, args ...any) *fault {
+	if s.dash != "" {
+		format = s.dash + option + " " + format
+	}
+	return &fault{option, fmt.Errorf(format, args...)}
 }
 
 // settle understands the flags. All its errors are usage errors.
 func (f flags) settle(given func(name string) bool) (settings, error) {
-	s := settings{flags: f, mode: 0o600, group: -1}
+	s := settings{flags: f, dash: "--", inherits: true}
 	if given("fd") && (f.socketPath != "" || f.client) {
 		return s, usagef("--fd excludes --socket-path and --client: the descriptor is the connection")
 	}
@@ -113,30 +136,31 @@ func (f flags) settle(given func(name string) bool) (settings, error) {
 	return s, nil
 }
 
-func (s *settings) parse() (err error) {
-	if err := s.level.UnmarshalText([]byte(s.logLevel)); err != nil {
-		return fmt.Errorf("--log-level %q: want debug, info, warn or error", s.logLevel)
+// parse understands what the flags alone do not tell. Its error is all faults, joined.
+func (s *settings) parse() error {
+	var errs [5]error
+	if s.level.UnmarshalText([]byte(s.logLevel)) != nil {
+		errs[0] = s.faultf("log-level", "%q: want debug, info, warn or error", s.logLevel)
 	}
+	var err error
 	if s.policy, err = netdev.ParsePolicy(s.flags.zerocopy); err != nil {
-		return fmt.Errorf("--zerocopy: %w", err)
+		errs[1] = s.faultf("zerocopy", "%w", err)
 	}
-	if s.mac, err = parseMAC(s.flags.mac); err != nil {
-		return err
-	}
-	if s.disable, err = parseFeatures(s.flags.disable); err != nil {
-		return err
-	}
-	return s.parseOwner()
+	errs[2] = s.parseMAC()
+	errs[3] = s.parseFeatures()
+	errs[4] = s.parseOwner()
+	return errors.Join(errs[:]...)
 }
 
 func (s *settings) parseOwner() error {
+	s.mode, s.group = 0o600, -1
 	if s.client && (s.socketGroup != "" || s.socketMode != "") {
-		return fmt.Errorf("--client excludes --socket-mode and --socket-group: the socket is the VMM's")
+		return s.faultf("client", "excludes %s and %s: the socket is the VMM's", s.word("socket-mode"), s.word("socket-group"))
 	}
 	if s.socketGroup != "" {
 		gid, err := lookupGroup(s.socketGroup)
 		if err != nil {
-			return err
+			return s.faultf("socket-group", "%q: there is no such group on this host", s.socketGroup)
 		}
 		s.group, s.mode = gid, 0o660
 	}
@@ -145,7 +169,7 @@ func (s *settings) parseOwner() error {
 	}
 	mode, err := strconv.ParseUint(s.socketMode, 8, 32)
 	if err != nil || mode == 0 || mode > 0o777 {
-		return fmt.Errorf("--socket-mode %q: want permissions in octal, like 0660", s.socketMode)
+		return s.faultf("socket-mode", "%q: want permissions in octal, like 0660", s.socketMode)
 	}
 	s.mode = uint32(mode)
 	return nil
@@ -157,32 +181,32 @@ func lookupGroup(name string) (int, error) {
 	}
 	g, err := user.LookupGroup(name)
 	if err != nil {
-		return 0, fmt.Errorf("--socket-group %q: there is no such group on this host", name)
+		return 0, err
 	}
 	return strconv.Atoi(g.Gid)
 }
 
-func parseMAC(s string) (mac [6]byte, err error) {
-	if s == "" {
-		return mac, nil
+func (s *settings) parseMAC() error {
+	text := s.flags.mac
+	if text == "" {
+		return nil
 	}
-	a, err := net.ParseMAC(s)
+	a, err := net.ParseMAC(text)
 	switch {
-	case err != nil || len(a) != len(mac):
-		return mac, fmt.Errorf("--mac %q: want an address like 52:54:00:12:34:56", s)
+	case err != nil || len(a) != len(s.mac):
+		return s.faultf("mac", "%q: want an address like 52:54:00:12:34:56", text)
 	case a[0]&1 != 0:
-		return mac, fmt.Errorf("--mac %q is a multicast address: its first byte must be even", s)
+		return s.faultf("mac", "%q is a multicast address: its first byte must be even", text)
 	}
-	if copy(mac[:], a); mac == [6]byte{} {
-		return mac, fmt.Errorf("--mac %q: all zero is no address", s)
+	if copy(s.mac[:], a); s.mac == [6]byte{} {
+		return s.faultf("mac", "%q: all zero is no address", text)
 	}
-	return mac, nil
+	return nil
 }
 
 // parseFeatures reads a comma list of feature names as virtio.Features prints them, with or without the specification's prefixes.
-func parseFeatures(list string) (virtio.Features, error) {
-	var all virtio.Features
-	for name := range strings.SplitSeq(list, ",") {
+func (s *settings) parseFeatures() error {
+	for name := range strings.SplitSeq(s.flags.disable, ",") {
 		name = strings.ToUpper(strings.TrimSpace(name))
 		for _, prefix := range []string{"VIRTIO_NET_F_", "VIRTIO_F_", "VIRTIO_RING_F_"} {
 			name = strings.TrimPrefix(name, prefix)
@@ -192,11 +216,11 @@ func parseFeatures(list string) (virtio.Features, error) {
 		}
 		f, ok := offerable()[name]
 		if !ok {
-			return 0, fmt.Errorf("--disable-features: unknown feature %q", name)
+			return s.faultf("disable-features", "has the unknown feature %q", name)
 		}
-		all |= f
+		s.disable |= f
 	}
-	return all, nil
+	return nil
 }
 
 // offerable are the features that have a name and belong to the guest; FProtocolFeatures belongs to the front-end.

@@ -13,6 +13,11 @@ import (
 )
 
 func TestParseFeatures(t *testing.T) {
+	parseFeatures := func(list string) (virtio.Features, error) {
+		s := settings{flags: flags{disable: list}}
+		err := s.parseFeatures()
+		return s.disable, err
+	}
 	for list, want := range map[string]virtio.Features{
 		"":                                   0,
 		"MRG_RXBUF":                          virtio.FNetMrgRxbuf,
