@@ -41,11 +41,10 @@ func (q *queue) keepBase() {
 	q.setup.base, q.setup.based = base, true
 }
 
-// openRing makes the ring, which goes on behind what was returned to the driver. An earlier back-end may have ended with chains in its
-// hands. It used them in order, so those behind the used index are exactly the ones that nobody has returned: they are taken again.
+// openRing makes the ring, which goes on behind what was returned to the driver: an earlier back-end may have ended with chains in its
+// hands.
 func (q *queue) openRing() error {
-	packed := q.feat.Has(virtio.FRingPacked)
-	desc, avail, used, err := parts(q.s.table, *q.setup.addr, q.setup.size, packed)
+	desc, avail, used, err := parts(q.s.table, *q.setup.addr, q.setup.size, q.feat.Has(virtio.FRingPacked))
 	if err != nil {
 		return err
 	}
@@ -57,17 +56,10 @@ func (q *queue) openRing() error {
 	if q.ring, err = vring.NewDevice(cfg, guestmem.NewView(q.s.table, nil)); err != nil {
 		return err
 	}
-	returned := q.ring.UsedIndex()
-	if returned == cfg.Base {
-		return nil
+	if start := q.ring.Base(); start != cfg.Base {
+		q.s.b.log.Info("resuming at the used index", "queue", q.index, "base", cfg.Base, "used", start)
 	}
-	q.s.b.log.Info("resuming at the used index", "queue", q.index, "base", cfg.Base, "used", returned)
-	if packed {
-		return nil // that is where it starts
-	}
-	cfg.Base = returned
-	q.ring, err = vring.NewDevice(cfg, guestmem.NewView(q.s.table, nil))
-	return err
+	return nil
 }
 
 // part is one of the three parts of a ring: its name, address, length and alignment in bytes.

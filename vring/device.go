@@ -25,7 +25,9 @@ type Config struct {
 	// acquaintance looks.
 	ReadOnly bool
 
-	// Base is the index of the first available entry to pop, as in SET_VRING_BASE. Of a packed ring it is an offset in bits 0 to 14 and a
+	// Base is the index of the first available entry to pop, as in SET_VRING_BASE. It is not heeded for a split ring, which goes on at its used
+	// index: an earlier back-end used chains in order, so those behind that index are exactly the ones that nobody has returned, and are
+	// taken again; all others were returned, and both are the same. Of a packed ring Base is an offset in bits 0 to 14 and a
 	// wrap counter in bit 15, and UsedBase is the same for used descriptors: what lies between the two was popped by an earlier back-end
 	// that did not return it. If the descriptor at UsedBase is available still, popping starts there; else UsedBase is not heeded.
 	Base, UsedBase uint16
@@ -67,7 +69,7 @@ type Device struct {
 }
 
 // NewDevice returns the device end of the ring in cfg, whose buffers view translates. The index of a split ring's first used entry is read
-// from the used ring, as it is the only record of what an earlier back-end returned.
+// from the used ring, as it is the only record of what an earlier back-end returned: once, since the driver may write there what it likes.
 func NewDevice(cfg Config, view guestmem.View) (*Device, error) {
 	packed := cfg.Features.Has(virtio.FRingPacked)
 	if err := CheckSize(cfg.Size, packed); err != nil {
@@ -78,8 +80,6 @@ func NewDevice(cfg Config, view guestmem.View) (*Device, error) {
 	}
 	d := &Device{
 		view:          view,
-		next:          cfg.Base,
-		avail:         cfg.Base,
 		mask:          uint16(Slots(cfg.Size) - 1),
 		size:          cfg.Size,
 		unknown:       1 << 16,
@@ -101,7 +101,7 @@ func NewDevice(cfg Config, view guestmem.View) (*Device, error) {
 		return nil, fmt.Errorf("used ring: %w", err)
 	}
 	d.published = idx.Load()
-	d.usedNext = d.published
+	d.usedNext, d.next, d.avail = d.published, d.published, d.published
 	return d, nil
 }
 

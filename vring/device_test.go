@@ -40,16 +40,41 @@ func TestDeviceBaseMovesToAnotherDevice(t *testing.T) {
 	}
 }
 
-func TestDeviceBaseBeyondAvailable(t *testing.T) {
+// TestDeviceStartsAtUsedIndex: whatever the front-end says, and never in two places. A base of its own made Unpop count chains that did not
+// exist, and panic, once it had been led past the used index; a driver that wrote there while the ring was opened could bring that about.
+func TestDeviceStartsAtUsedIndex(t *testing.T) {
+	for _, base := range []uint16{100, 0xfff0 - 12, 0xfff0} {
+		r := newRig(t, 16, 0)
+		cfg := r.cfg
+		cfg.Base = base
+		dev, err := NewDevice(cfg, *r.dev.View())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if dev.Base() != 0xfff0 || dev.UsedIndex() != 0xfff0 {
+			t.Errorf("base %#x: the ring starts at %#x and %#x, the used index is 0xfff0", base, dev.Base(), dev.UsedIndex())
+		}
+		for range 12 {
+			r.add([]Buf{r.buf(0, 10)}, nil)
+			if s := dev.Pop(&r.chain); s != Popped {
+				t.Fatalf("Pop is %v: %v", s, dev.Err())
+			}
+		}
+		if dev.Unpop(12); dev.Base() != 0xfff0 {
+			t.Errorf("base is %#x after Unpop, want 0xfff0", dev.Base())
+		}
+	}
+}
+
+func TestDeviceUsedIndexBeyondAvailable(t *testing.T) {
 	r := newRig(t, 16, 0)
-	cfg := r.cfg
-	cfg.Base = 100
-	dev, err := NewDevice(cfg, *r.dev.View())
+	view[uint16](r.cfg.Used, 2)[1] = 100
+	dev, err := NewDevice(r.cfg, *r.dev.View())
 	if err != nil {
 		t.Fatal(err)
 	}
 	if s := dev.Pop(&r.chain); s != Broken {
-		t.Errorf("Pop with a base beyond the ring's index is %v, want broken", s)
+		t.Errorf("Pop with a used index beyond the available one is %v, want broken", s)
 	}
 }
 
