@@ -32,6 +32,7 @@ var layers = map[string][]string{
 	"zerocopy":           {"virtio", "guestmem", "vring", "offload"},
 	"netdev":             {"zerocopy", "offload", "virtio"},
 	"internal/netopt":    {},
+	"internal/config":    {},
 	"netdev/*":           {"netdev", "zerocopy", "offload", "virtio", "internal/netopt", "internal/sys", "internal/sys/uring", "internal/sys/xsk", "internal/shm"},
 	"vhostuser":          {"internal/sys"},
 	"backend":            {"vhostuser", "vring", "zerocopy", "netdev", "netdev/soft", "guestmem", "virtio", "offload", "internal/sys"},

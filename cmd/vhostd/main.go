@@ -9,6 +9,11 @@
 //	                  -> backend.Backend.Serve until a signal
 //	                  -> control socket (vhostd stats), metrics, sd_notify: readers of backend.Stats
 //
+// That is `vhostd run`. `vhostd serve` has many of it:
+//
+//	file -> config.Config -> settings of each port -> fleet of members, each a port that is served
+//	SIGHUP, vhostd reload -> the file again -> config.Compare -> what is different is done, and nothing else touched
+//
 // Exit codes: 0 for a clean end (a signal included), 1 for a failure, 2 for a command line that cannot be understood.
 package main
 

@@ -2,7 +2,6 @@ package main
 
 import (
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -19,9 +18,9 @@ import (
 )
 
 // serveMetrics serves /metrics, and Go's profiles if profiles is set, until it is closed.
-func serveMetrics(addr string, profiles bool, stats func() report, log *slog.Logger) (io.Closer, error) {
+func serveMetrics(addr string, profiles bool, ours prometheus.Collector, log *slog.Logger) (io.Closer, error) {
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(collector(stats), collectors.NewGoCollector(),
+	registry.MustRegister(ours, collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4}))
@@ -34,7 +33,7 @@ func serveMetrics(addr string, profiles bool, stats func() report, log *slog.Log
 	}
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
-		return nil, fmt.Errorf("--metrics: %w", err)
+		return nil, err
 	}
 	server := &http.Server{
 		Handler:           mux,

@@ -9,8 +9,11 @@ import (
 	"github.com/vhostd/vhostd/netdev/user"
 )
 
-// fromGuest is the direction of a transmitq, the queues that have outcomes.
-const fromGuest = "FromGuest"
+// The directions: fromGuest is that of a transmitq, the queues that have outcomes.
+const (
+	fromGuest = "FromGuest"
+	toGuest   = "ToGuest"
+)
 
 // outcomes are the keys of QueueStats.Outcomes in the order in which people see them: what is truly zero-copy, copies by their reason, losses.
 var outcomes = []string{"zerocopied", "copied", "copied_small", "copied_cap", "copied_fallback", "copied_anyway", "dropped"}
@@ -44,7 +47,8 @@ type daemonInfo struct {
 	Version       string  `json:"version"`
 	PID           int     `json:"pid"`
 	Socket        string  `json:"socket,omitempty"`
-	Net           string  `json:"net"`
+	Net           string  `json:"net,omitempty"`
+	Config        string  `json:"config,omitempty"` // of vhostd serve
 	UptimeSeconds float64 `json:"uptime_seconds"`
 }
 

@@ -17,6 +17,7 @@ machine's queues over a UNIX socket, and it carries the frames, from the guest's
 host or to one of its own that needs no privilege.
 
   vhostd run --socket-path /tmp/vm1.sock    serve one virtual machine
+  vhostd serve --config /etc/vhostd.toml    serve many, as a file says
   vhostd stats --socket-path /tmp/vm1.sock  what it is doing
   vhostd bench --socket-path /tmp/vm1.sock  how fast a back-end is, without a virtual machine
   vhostd doctor                             what this host can do, and what to change`,
@@ -27,7 +28,7 @@ host or to one of its own that needs no privilege.
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err} })
 	root.Version = buildInfo().Version
-	root.AddCommand(newRun(), newStats(), newBench(), newDoctor(), newVersion(), newMan(root))
+	root.AddCommand(newRun(), newServe(), newCheck(), newReload(), newStats(), newBench(), newDoctor(), newVersion(), newMan(root))
 	return root
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -47,7 +48,7 @@ The guest's frames go to one of these networks:
 			if err != nil {
 				return err
 			}
-			return serve(s, cmd.OutOrStdout(), newLog(s, cmd.ErrOrStderr()))
+			return serve(s, cmd.OutOrStdout(), newLog(s.logFormat, s.level, cmd.ErrOrStderr()))
 		},
 	}
 	f.register(cmd.Flags())
@@ -62,9 +63,9 @@ func printCapabilities(w io.Writer) error {
 	}{"net"})
 }
 
-func newLog(s settings, w io.Writer) *slog.Logger {
-	opts := &slog.HandlerOptions{Level: s.level}
-	if s.logFormat == "json" {
+func newLog(format string, level slog.Leveler, w io.Writer) *slog.Logger {
+	opts := &slog.HandlerOptions{Level: level}
+	if format == "json" {
 		return slog.New(slog.NewJSONHandler(w, opts))
 	}
 	return slog.New(slog.NewTextHandler(w, opts))
@@ -73,7 +74,11 @@ func newLog(s settings, w io.Writer) *slog.Logger {
 // serve puts the parts together and runs them until a signal.
 func serve(s settings, stdout io.Writer, log *slog.Logger) (err error) {
 	signal.Ignore(syscall.SIGPIPE) // a reader of the log that goes away must not take the guest's network with it
-	ctx, cancel := untilSignal(log)
+	ends := []os.Signal{syscall.SIGTERM, syscall.SIGINT}
+	if !signal.Ignored(syscall.SIGHUP) { // else somebody started us with nohup
+		ends = append(ends, syscall.SIGHUP)
+	}
+	ctx, cancel := untilSignal(log, ends...)
 	defer cancel()
 	open, err := parseDevice(&s)
 	if err != nil {
@@ -100,32 +105,38 @@ func serve(s settings, stdout io.Writer, log *slog.Logger) (err error) {
 	return p.be.Serve(ctx, announcing{p.src, log})
 }
 
-// openDoors opens the ways to ask the daemon about itself: the control socket, and metrics if they are asked for.
-func openDoors(s settings, socket string, stats func() report, log *slog.Logger) (closeAll func(), err error) {
-	var open []io.Closer
-	closeAll = func() {
-		for _, c := range open {
-			if err := c.Close(); err != nil {
-				log.Warn("cannot close", "error", err)
-			}
+// doors are open ways to ask the daemon about itself.
+type doors []io.Closer
+
+func (d doors) close(log *slog.Logger) {
+	for _, c := range d {
+		if err := c.Close(); err != nil {
+			log.Warn("cannot close", "error", err)
 		}
 	}
+}
+
+// openDoors opens the control socket, and metrics if they are asked for.
+func openDoors(s settings, socket string, stats func() report, log *slog.Logger) (closeAll func(), err error) {
+	var open doors
 	if path := s.controlPath(socket); path != "" {
-		c, err := control.Listen(path, map[string]control.Handler{"stats": func() (any, error) { return stats(), nil }})
+		c, err := control.Listen(path, map[string]control.Handler{"stats": func(args json.RawMessage) (any, error) {
+			return stats(), control.ParseArgs(args, &struct{}{})
+		}})
 		if err != nil {
 			return nil, fmt.Errorf("%w (--control chooses another path, --control %s does without)", err, controlNone)
 		}
 		open = append(open, c)
 	}
 	if s.metrics != "" {
-		m, err := serveMetrics(s.metrics, s.pprof, stats, log)
+		m, err := serveMetrics(s.metrics, s.pprof, collector(stats), log)
 		if err != nil {
-			closeAll()
-			return nil, err
+			open.close(log)
+			return nil, fmt.Errorf("--metrics: %w", err)
 		}
 		open = append(open, m)
 	}
-	return closeAll, nil
+	return func() { open.close(log) }, nil
 }
 
 // controlPath is where the control socket is to be, given the vhost-user socket's path; "" is nowhere.
@@ -141,13 +152,9 @@ func (s settings) controlPath(socket string) string {
 	return socket + controlSuffix
 }
 
-// untilSignal returns a context that the first signal ends. The second ends the process.
-func untilSignal(log *slog.Logger) (context.Context, context.CancelFunc) {
+// untilSignal returns a context that the first of some signals ends. The second ends the process.
+func untilSignal(log *slog.Logger, ends ...os.Signal) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(context.Background())
-	ends := []os.Signal{syscall.SIGTERM, syscall.SIGINT}
-	if !signal.Ignored(syscall.SIGHUP) { // else somebody started us with nohup
-		ends = append(ends, syscall.SIGHUP)
-	}
 	got := make(chan os.Signal, 2)
 	signal.Notify(got, ends...)
 	go func() {

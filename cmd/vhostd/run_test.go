@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -249,7 +250,7 @@ func TestLogJSON(t *testing.T) {
 // TestSecondSignalEndsAtOnce is its own vhostd, one that hangs at its end.
 func TestSecondSignalEndsAtOnce(t *testing.T) {
 	if os.Getenv("VHOSTD_TEST_STUCK") != "" {
-		ctx, cancel := untilSignal(newLog(settings{}, os.Stderr))
+		ctx, cancel := untilSignal(newLog("text", slog.LevelInfo, os.Stderr), syscall.SIGTERM)
 		defer cancel()
 		fmt.Fprintln(os.Stderr, "ready")
 		<-ctx.Done()

@@ -52,11 +52,23 @@ func listen(s settings, opts vhostuser.ListenOptions) (source, error) {
 	if err != nil || s.group < 0 {
 		return source{l, s.socketPath, true}, err
 	}
-	if err := errors.Join(os.Lchown(s.socketPath, -1, s.group), os.Chmod(s.socketPath, os.FileMode(s.mode))); err != nil {
+	if err := ownSocket(s); err != nil {
 		l.Close()
-		return source{}, fmt.Errorf("--socket-group: %w (vhostd must be root or a member of the group)", err)
+		return source{}, err
 	}
 	return source{l, s.socketPath, true}, nil
+}
+
+// ownSocket gives the socket its group and its mode. Without a group it is that of this process.
+func ownSocket(s settings) error {
+	gid := s.group
+	if gid < 0 {
+		gid = os.Getegid()
+	}
+	if err := errors.Join(os.Lchown(s.socketPath, -1, gid), os.Chmod(s.socketPath, os.FileMode(s.mode))); err != nil {
+		return fmt.Errorf("%s: %w (vhostd must be root or a member of the group)", s.word("socket-group"), err)
+	}
+	return nil
 }
 
 // inherit takes over a descriptor, whichever of the two kinds it is.

@@ -11,8 +11,10 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
+	"github.com/vhostd/vhostd/internal/config"
 	"github.com/vhostd/vhostd/internal/control"
 )
 
@@ -20,9 +22,47 @@ import (
 const statsTimeout = 10 * time.Second
 
 type statsFlags struct {
-	control, socketPath string
-	json, watch         bool
-	interval            time.Duration
+	where       address
+	port        string
+	json, watch bool
+	interval    time.Duration
+}
+
+// address is how people say which vhostd they mean.
+type address struct{ control, socketPath, config string }
+
+// register adds the options; run says whether a `vhostd run` may be meant.
+func (a *address) register(fs *pflag.FlagSet, run bool) {
+	usage := "the daemon's control socket, `path`"
+	if run {
+		fs.StringVar(&a.socketPath, "socket-path", "", "the vhost-user socket of a vhostd run, `path`")
+		usage += " (default: --socket-path with " + controlSuffix + " added, or what the configuration says)"
+	}
+	fs.StringVar(&a.config, "config", "", "the configuration `file` of a vhostd serve")
+	fs.StringVar(&a.control, "control", "", usage)
+}
+
+// path is the control socket's.
+func (a *address) path() (string, error) {
+	switch {
+	case a.control != "":
+		return a.control, nil
+	case a.socketPath != "":
+		return a.socketPath + controlSuffix, nil
+	case a.config == "":
+		return "", usagef("--config (of vhostd serve), --socket-path (of vhostd run) or --control is needed: which vhostd to ask")
+	}
+	file, err := config.Load(a.config)
+	if err != nil {
+		return "", err
+	}
+	if err := file.Err(); err != nil {
+		return "", fmt.Errorf("the configuration is refused:\n%w", err)
+	}
+	if file.Control.Socket == config.ControlNone {
+		return "", fmt.Errorf("%s has no control socket: send SIGHUP to reload, and see the log", a.config)
+	}
+	return file.Control.Socket, nil
 }
 
 func newStats() *cobra.Command {
@@ -31,10 +71,14 @@ func newStats() *cobra.Command {
 		Use:   "stats --socket-path PATH",
 		Short: "Show the live counters of a running vhostd",
 		Example: `  vhostd stats --socket-path /tmp/vm1.sock --watch
-  vhostd stats --control /run/vm1.ctl --json | jq '.queues[] | {index, frames}'`,
+  vhostd stats --control /run/vm1.ctl --json | jq '.queues[] | {index, frames}'
+  vhostd stats --config /etc/vhostd.toml --port vm1`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			path, err := f.path()
+			if f.interval < 10*time.Millisecond {
+				return usagef("--interval %v: want at least 10ms", f.interval)
+			}
+			path, err := f.where.path()
 			if err != nil {
 				return err
 			}
@@ -45,24 +89,12 @@ func newStats() *cobra.Command {
 	}
 	fs := cmd.Flags()
 	fs.SortFlags = false
-	fs.StringVar(&f.socketPath, "socket-path", "", "the daemon's vhost-user socket, `path`")
-	fs.StringVar(&f.control, "control", "", "the daemon's control socket, `path` (default: --socket-path with "+controlSuffix+" added)")
+	f.where.register(fs, true)
+	fs.StringVar(&f.port, "port", "", "of a vhostd serve, the port `name` alone, with its queues")
 	fs.BoolVar(&f.json, "json", false, "print JSON; with --watch one object a line")
 	fs.BoolVar(&f.watch, "watch", false, "go on until interrupted, with rates")
 	fs.DurationVar(&f.interval, "interval", time.Second, "time between two looks with --watch")
 	return cmd
-}
-
-func (f statsFlags) path() (string, error) {
-	switch {
-	case f.interval < 10*time.Millisecond:
-		return "", usagef("--interval %v: want at least 10ms", f.interval)
-	case f.control != "":
-		return f.control, nil
-	case f.socketPath != "":
-		return f.socketPath + controlSuffix, nil
-	}
-	return "", usagef("--socket-path (as given to vhostd run) or --control is needed: which vhostd to ask")
 }
 
 // show asks once, or until ctx ends.
@@ -74,7 +106,7 @@ func (f statsFlags) show(ctx context.Context, path string, w io.Writer) error {
 	defer c.Close()
 	tick := time.NewTicker(f.interval)
 	defer tick.Stop()
-	var before *report
+	var before *answer
 	for {
 		now, err := f.once(ctx, c, before, w)
 		switch {
@@ -92,11 +124,21 @@ func (f statsFlags) show(ctx context.Context, path string, w io.Writer) error {
 	}
 }
 
-func (f statsFlags) once(ctx context.Context, c *control.Client, before *report, w io.Writer) (*report, error) {
+// answer is that of a `vhostd run`, or of a `vhostd serve`: then it has Ports, unless one was asked for.
+type answer struct {
+	report
+	Ports []portReport `json:"ports"`
+}
+
+func (f statsFlags) once(ctx context.Context, c *control.Client, before *answer, w io.Writer) (*answer, error) {
 	ctx, cancel := context.WithTimeout(ctx, statsTimeout)
 	defer cancel()
+	var args any
+	if f.port != "" {
+		args = statsArgs{f.port}
+	}
 	var raw json.RawMessage
-	if err := c.Call(ctx, "stats", &raw); err != nil {
+	if err := c.Call(ctx, "stats", args, &raw); err != nil {
 		return nil, err
 	}
 	if f.json && f.watch {
@@ -106,14 +148,25 @@ func (f statsFlags) once(ctx context.Context, c *control.Client, before *report,
 	if f.json {
 		return nil, writeJSON(w, raw)
 	}
-	var r report
-	if err := json.Unmarshal(raw, &r); err != nil {
+	var a answer
+	if err := json.Unmarshal(raw, &a); err != nil {
 		return nil, fmt.Errorf("the daemon's answer: %w", err)
 	}
 	if f.watch && terminal(w) {
 		fmt.Fprint(w, "\x1b[H\x1b[2J") // home, clear
 	}
-	return &r, printReport(w, r, before)
+	return &a, a.print(w, before)
+}
+
+// print prints for people. before is an earlier answer to make rates from, or nil.
+func (a *answer) print(w io.Writer, before *answer) error {
+	if a.Ports != nil {
+		return printFleet(w, a, before)
+	}
+	if before == nil {
+		return printReport(w, a.report, nil)
+	}
+	return printReport(w, a.report, &before.report)
 }
 
 func terminal(w io.Writer) bool {

@@ -41,11 +41,19 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 // Close ends the conversation.
 func (c *Client) Close() error { return c.conn.Close() }
 
-// Call sends a request and decodes its result. Errors of the daemon come back as they are; after any other error the client is of no
+// Call sends a request, with args unless they are nil, and decodes its result. Errors of the daemon come back as they are; after any other error the client is of no
 // further use but to be closed.
-func (c *Client) Call(ctx context.Context, request string, result any) error {
+func (c *Client) Call(ctx context.Context, request string, args, result any) error {
 	defer context.AfterFunc(ctx, func() { _ = c.conn.SetDeadline(time.Unix(1, 0)) })()
-	b, err := json.Marshal(Request{Version: Version, Request: request})
+	r := Request{Version: Version, Request: request}
+	if args != nil {
+		b, err := json.Marshal(args)
+		if err != nil {
+			return err
+		}
+		r.Args = b
+	}
+	b, err := json.Marshal(r)
 	if err != nil {
 		return err
 	}

@@ -6,10 +6,13 @@
 //
 //	-> {"version":1,"request":"stats"}
 //	<- {"version":1,"result":{...}}
+//	-> {"version":1,"request":"stats","args":{"port":"vm1"}}
+//	<- {"version":1,"result":{...}}
 //	-> {"version":1,"request":"sing"}
 //	<- {"version":1,"error":"unknown request \"sing\": this vhostd knows stats"}
 //
-// Nothing of a guest's traffic passes here, and nothing that is asked here can hold up a worker: handlers read counters.
+// Nothing of a guest's traffic passes here, and nothing that is asked here can hold up a worker: handlers read counters, or open and close what
+// no worker has in its hands.
 //
 // # Who is to blame, and what happens
 //
@@ -51,8 +54,9 @@ var ErrRequest = errors.New("not a request")
 
 // Request is one line from a client.
 type Request struct {
-	Version int    `json:"version"` // Version
-	Request string `json:"request"` // what is asked for: a name that the server has a Handler for
+	Version int             `json:"version"`        // Version
+	Request string          `json:"request"`        // what is asked for: a name that the server has a Handler for
+	Args    json.RawMessage `json:"args,omitempty"` // an object, for requests that take one
 }
 
 // Response is one line from the server: a result or an error.
@@ -62,8 +66,22 @@ type Response struct {
 	Error   string          `json:"error,omitempty"`
 }
 
-// Handler answers a request with a value that encoding/json can encode. It may be called from several goroutines.
-type Handler func() (any, error)
+// Handler answers a request with a value that encoding/json can encode. It may be called from several goroutines. args is for ParseArgs.
+type Handler func(args json.RawMessage) (any, error)
+
+// ParseArgs decodes what a request brought with it into a struct; nothing leaves it as it is. An unknown field is an error: whoever sent it
+// meant something by it.
+func ParseArgs(args json.RawMessage, to any) error {
+	if len(args) == 0 {
+		return nil
+	}
+	d := json.NewDecoder(bytes.NewReader(args))
+	d.DisallowUnknownFields()
+	if err := d.Decode(to); err != nil {
+		return fmt.Errorf("args: %w", err)
+	}
+	return nil
+}
 
 // parseRequest decodes a line.
 func parseRequest(line []byte) (Request, error) {

@@ -33,8 +33,13 @@ func serve(t *testing.T) (path string, s *Server) {
 	path = filepath.Join(t.TempDir(), "ctl")
 	var asked atomic.Uint64
 	s, err := Listen(path, map[string]Handler{
-		"stats": func() (any, error) { return answer{asked.Add(1), "vnet0"}, nil },
-		"fail":  func() (any, error) { return nil, errors.New("the disk is full") },
+		"stats": func(json.RawMessage) (any, error) { return answer{asked.Add(1), "vnet0"}, nil },
+		"name": func(args json.RawMessage) (any, error) {
+			var a answer
+			err := ParseArgs(args, &a)
+			return a, err
+		},
+		"fail": func(json.RawMessage) (any, error) { return nil, errors.New("the disk is full") },
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -62,7 +67,7 @@ func TestCall(t *testing.T) {
 	c := dial(t, path)
 	for i := range 3 {
 		var got answer
-		if err := c.Call(t.Context(), "stats", &got); err != nil {
+		if err := c.Call(t.Context(), "stats", nil, &got); err != nil {
 			t.Fatal(err)
 		}
 		if diff := cmp.Diff(answer{uint64(i + 1), "vnet0"}, got); diff != "" {
@@ -71,19 +76,35 @@ func TestCall(t *testing.T) {
 	}
 }
 
+// TestCallArgs: what a request brings is read strictly, and need not be there.
+func TestCallArgs(t *testing.T) {
+	path, _ := serve(t)
+	c := dial(t, path)
+	var got answer
+	if err := c.Call(t.Context(), "name", answer{Name: "vnet1"}, &got); err != nil || got.Name != "vnet1" {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if err := c.Call(t.Context(), "name", nil, &got); err != nil || got.Name != "" {
+		t.Errorf("without args: %+v, %v", got, err)
+	}
+	if err := c.Call(t.Context(), "name", map[string]string{"sing": "x"}, &got); err == nil || !strings.Contains(err.Error(), `args: json: unknown field "sing"`) {
+		t.Errorf("unknown field: %v", err)
+	}
+}
+
 func TestCallErrorsGoOn(t *testing.T) {
 	path, _ := serve(t)
 	c := dial(t, path)
 	for request, want := range map[string]string{
 		"fail": "the disk is full",
-		"sing": `unknown request "sing": this vhostd knows fail, stats`,
+		"sing": `unknown request "sing": this vhostd knows fail, name, stats`,
 	} {
-		if err := c.Call(t.Context(), request, nil); err == nil || err.Error() != want {
+		if err := c.Call(t.Context(), request, nil, nil); err == nil || err.Error() != want {
 			t.Errorf("%s: error %v, want %s", request, err, want)
 		}
 	}
 	var got answer
-	if err := c.Call(t.Context(), "stats", &got); err != nil || got.Frames != 1 {
+	if err := c.Call(t.Context(), "stats", nil, &got); err != nil || got.Frames != 1 {
 		t.Errorf("after errors: %+v, %v", got, err)
 	}
 }
@@ -98,7 +119,7 @@ func TestCallContext(t *testing.T) {
 	c := dial(t, path)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
-	if err := c.Call(ctx, "stats", nil); !errors.Is(err, context.DeadlineExceeded) {
+	if err := c.Call(ctx, "stats", nil, nil); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("error %v, want the context's", err)
 	}
 }
@@ -187,13 +208,13 @@ func TestCloseLeavesSuccessorsSocket(t *testing.T) {
 func TestCloseEndsConversations(t *testing.T) {
 	path, s := serve(t)
 	c := dial(t, path)
-	if err := c.Call(t.Context(), "stats", &answer{}); err != nil {
+	if err := c.Call(t.Context(), "stats", nil, &answer{}); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Call(t.Context(), "stats", &answer{}); err == nil {
+	if err := c.Call(t.Context(), "stats", nil, &answer{}); err == nil {
 		t.Error("a closed server answers")
 	}
 }
@@ -237,7 +258,7 @@ func TestHostileInputCloses(t *testing.T) {
 			}
 		})
 	}
-	if err := dial(t, path).Call(t.Context(), "stats", &answer{}); err != nil {
+	if err := dial(t, path).Call(t.Context(), "stats", nil, &answer{}); err != nil {
 		t.Errorf("a well-behaved client afterwards: %v", err)
 	}
 }
@@ -247,7 +268,7 @@ func TestLongestRequest(t *testing.T) {
 	c := dial(t, path)
 	frame := len(`{"version":1,"request":""}` + "\n")
 	name := strings.Repeat("x", MaxRequest-frame)
-	if err := c.Call(t.Context(), name, nil); err == nil || !strings.Contains(err.Error(), "unknown request") {
+	if err := c.Call(t.Context(), name, nil, nil); err == nil || !strings.Contains(err.Error(), "unknown request") {
 		t.Errorf("a request of %d bytes: %v, want it to be understood", MaxRequest, err)
 	}
 }
@@ -255,7 +276,7 @@ func TestLongestRequest(t *testing.T) {
 func TestTooManyClients(t *testing.T) {
 	path, _ := serve(t)
 	for range MaxConns {
-		if err := dial(t, path).Call(t.Context(), "stats", &answer{}); err != nil {
+		if err := dial(t, path).Call(t.Context(), "stats", nil, &answer{}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -290,7 +311,7 @@ func TestClientSurvivesHostileServer(t *testing.T) {
 	}()
 	c := dial(t, path)
 	defer c.Close()
-	if err := c.Call(t.Context(), "stats", nil); !errors.Is(err, bufio.ErrTooLong) {
+	if err := c.Call(t.Context(), "stats", nil, nil); !errors.Is(err, bufio.ErrTooLong) {
 		t.Errorf("error %v, want %v", err, bufio.ErrTooLong)
 	}
 }
@@ -302,7 +323,7 @@ func FuzzConverse(f *testing.F) {
 	f.Add([]byte(`{"version":1,"request":"stats"}` + "\n" + `{"version":1,"request":"sing"}` + "\nx\n"))
 	f.Add([]byte("\n\n"))
 	f.Add([]byte(strings.Repeat("y", MaxRequest+1)))
-	s := &Server{handlers: map[string]Handler{"stats": func() (any, error) { return answer{1, "<&>"}, nil }}}
+	s := &Server{handlers: map[string]Handler{"stats": func(json.RawMessage) (any, error) { return answer{1, "<&>"}, nil }}}
 	f.Fuzz(func(t *testing.T, input []byte) {
 		var out strings.Builder
 		s.converse(strings.NewReader(string(input)), &out, func() error { return nil })

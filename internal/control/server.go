@@ -118,20 +118,21 @@ func (s *Server) converse(r io.Reader, w io.Writer, next func() error) {
 			_ = s.answer(w, Response{Error: err.Error()})
 			return
 		}
-		if s.answer(w, s.handle(req.Request)) != nil {
+		if s.answer(w, s.handle(req)) != nil {
 			return
 		}
 	}
 }
 
 // handle finds the answer to a well-formed request.
-func (s *Server) handle(name string) Response {
+func (s *Server) handle(req Request) Response {
+	name := req.Request
 	h, ok := s.handlers[name]
 	if !ok {
 		known := slices.Sorted(maps.Keys(s.handlers))
 		return Response{Error: fmt.Sprintf("unknown request %q: this vhostd knows %s", name, strings.Join(known, ", "))}
 	}
-	v, err := h()
+	v, err := h(req.Args)
 	if err != nil {
 		return Response{Error: err.Error()}
 	}

@@ -1,0 +1,249 @@
+package config
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// parse reads a text that has to be right.
+func parse(t *testing.T, text string) Config {
+	t.Helper()
+	f := Parse("vhostd.toml", []byte(text))
+	if err := f.Err(); err != nil {
+		t.Fatal(err)
+	}
+	return f.Config
+}
+
+func TestParse(t *testing.T) {
+	got := parse(t, `
+[log]
+level = "debug"
+
+[control]
+socket = "none"
+
+[metrics]
+listen = "127.0.0.1:9100"
+pprof = true
+
+[defaults]
+socket-path = "/run/vhostd/{port}.sock"
+socket-group = "kvm"
+queues = 2
+disable-features = ["MRG_RXBUF"]
+
+[port.vm1]
+net = "tap:v-{port},bridge=br0"
+
+[port]
+vm2 = { net = "null", queues = 4, mac = "52:54:00:00:00:01", mtu = 9000, poll = "5us", disable-features = [], socket-path = "/a", client = true }
+
+[port.vm-3]
+net = "user"
+hostfwd = ["tcp::2222-:22", "udp::53-:53"]
+zerocopy = "off"
+no-balloon = true
+socket-mode = "0600"
+`)
+	dflt := Port{SocketGroup: "kvm", Queues: 2, ZeroCopy: "auto", Poll: PollDefault, Disable: []string{"MRG_RXBUF"}}
+	vm1, vm2, vm3 := dflt, dflt, dflt
+	vm1.Name, vm1.SocketPath, vm1.Net = "vm1", "/run/vhostd/vm1.sock", "tap:v-vm1,bridge=br0"
+	vm2 = Port{Name: "vm2", SocketPath: "/a", SocketGroup: "kvm", Net: "null", Queues: 4, MAC: "52:54:00:00:00:01", MTU: 9000,
+		Poll: 5 * time.Microsecond, ZeroCopy: "auto", Disable: []string{}, Client: true}
+	vm3.Name, vm3.SocketPath, vm3.Net, vm3.Hostfwd = "vm-3", "/run/vhostd/vm-3.sock", "user", []string{"tcp::2222-:22", "udp::53-:53"}
+	vm3.ZeroCopy, vm3.NoBalloon, vm3.SocketMode = "off", true, "0600"
+	want := Config{
+		Log: Log{Format: "text", Level: "debug"}, Control: Control{Socket: "none"}, Metrics: Metrics{Listen: "127.0.0.1:9100", Profiles: true},
+		Ports: map[string]Port{"vm1": vm1, "vm2": vm2, "vm-3": vm3},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("-want +got\n%s", diff)
+	}
+}
+
+// TestEmpty: a file that says nothing is a daemon without ports, and one that can be told to have some.
+func TestEmpty(t *testing.T) {
+	if c := parse(t, ""); len(c.Ports) != 0 || c.Control.Socket != "/run/vhostd/vhostd.ctl" || c.Log != (Log{"text", "info"}) {
+		t.Errorf("%+v", c)
+	}
+}
+
+// good is what stands before the line that each case of TestProblems is about: that is line 4.
+const good = "[port.vm1]\nnet = \"null\"\nsocket-path = \"/run/vm1.sock\"\n"
+
+// TestProblems has every kind of mistake, and the line that it is told with.
+func TestProblems(t *testing.T) {
+	for _, c := range []struct{ text, want string }{
+		{good + `mtuu = 1500`, `4: port.vm1.mtuu: unknown key: did you mean mtu?`},
+		{good + `socket = "/a"`, `4: port.vm1.socket: unknown key: did you mean socket-path?`},
+		{good + `balloon = true`, `4: port.vm1.balloon: unknown key: did you mean no-balloon?`},
+		{good + `colour = "red"`, `4: port.vm1.colour: unknown key: known are socket-path, client, `},
+		{good + `mtu = 67`, `4: port.vm1.mtu: want a number from 68 to 65535, not 67`},
+		{good + `mtu = 65536`, `4: port.vm1.mtu: want a number from 68 to 65535, not 65536`},
+		{good + `mtu = "1500"`, `4: port.vm1.mtu: want a number from 68 to 65535, not the string "1500"`},
+		{good + `mtu = 1500.0`, `4: port.vm1.mtu: want a number from 68 to 65535, not the fraction 1500`},
+		{good + `mtu = {}`, `4: port.vm1.mtu: want a number from 68 to 65535, not a table`},
+		{good + `queues = 0`, `4: port.vm1.queues: want a number from 1 to 128, not 0`},
+		{good + `queues = 129`, `4: port.vm1.queues: want a number from 1 to 128, not 129`},
+		{good + `client = "yes"`, `4: port.vm1.client: want true or false, not the string "yes"`},
+		{good + `client = 1979-05-27`, `4: port.vm1.client: want true or false, not a date or time`},
+		{good + `poll = 30`, `4: port.vm1.poll: want a string with a duration from 0s to 1s, not the number 30`},
+		{good + `poll = "30"`, `4: port.vm1.poll: want a duration from 0s to 1s, not "30"`},
+		{good + `poll = "-1us"`, `4: port.vm1.poll: want a duration from 0s to 1s, not "-1us"`},
+		{good + `zerocopy = "maybe"`, `4: port.vm1.zerocopy: want auto or on or off, not "maybe"`},
+		{good + `mac = true`, `4: port.vm1.mac: want a string, an address like 52:54:00:12:34:56, not true`},
+		{good + `mac = ""`, `4: port.vm1.mac: is empty: leave it out, or say what you want`},
+		{good + `hostfwd = "tcp::1-:1"`, `4: port.vm1.hostfwd: want a list, [ forwards as --hostfwd has them ], not the string "tcp::1-:1"`},
+		{good + `hostfwd = ["a", []]`, `4: port.vm1.hostfwd: element 2: want a string, forwards as --hostfwd has them, not a list`},
+		{good + `"a b" = 1`, `4: port.vm1.a b: unknown key`},
+		{good + `x.y = 1`, `4: port.vm1.x: unknown key`},
+		{good + `net = "null"`, `4: toml: `},
+		{good + `mtu 1500`, `4: toml: `},
+		{good + "\n[port.vm1]", `5: toml: `},
+		{good + "[prot.vm2]", `4: prot: unknown table: did you mean port?`},
+		{good + "[[log]]", `4: log: want a table, [log]`},
+		{good + "[log]\nlevel = \"loud\"", `5: log.level: want debug or info or warn or error, not "loud"`},
+		{good + "[log]\nformat = \"xml\"", `5: log.format: want text or json, not "xml"`},
+		{good + "[control]\nsocket = 1", `5: control.socket: want a string, a path, not the number 1`},
+		{good + "[control]\nsocket = \"/run/vm1.sock\"", `3: port.vm1.socket-path: /run/vm1.sock is control.socket's as well`},
+		{good + "[defaults]\nmac = \"52:54:00:00:00:01\"", `5: defaults.mac: unknown key`},
+		{good + "[defaults]\nmtu = 1", `5: defaults.mtu: want a number`},
+		{good + `[port.vm2]`, `4: port.vm2: net is missing`},
+		{good + `[port.vm2]`, `4: port.vm2: socket-path is missing`},
+		{good + "[port.vm2]\nnet = \"null\"\nsocket-path = \"/run/vm1.sock\"", `6: port.vm2.socket-path: /run/vm1.sock is port.vm1's as well`},
+		{good + `[port."vm 2"]`, `4: port.vm 2: "vm 2" is no name: want 1 to 64 letters, digits, - and _`},
+		{good + `[port.` + strings.Repeat("x", 65) + `]`, `4: port.` + strings.Repeat("x", 65) + `: "x`},
+		{"[port]\nnet = \"null\"", `2: port.net: unknown key: what stands in [port] are tables, [port.NAME]`},
+		{"port = 3", `1: port: want a table, [port]`},
+		{"\n\nport.vm1 = { net = \"null\", socket-path = \"/a\",\n mtu = 3 }", `4: port.vm1.mtu: want a number`},
+	} {
+		err := Parse("vhostd.toml", []byte(c.text)).Err()
+		if err == nil || !strings.Contains("\n"+err.Error(), "\nvhostd.toml:"+c.want) {
+			t.Errorf("%s\n got %v\nwant %s", c.text, err, c.want)
+		}
+	}
+}
+
+// TestAllProblemsAtOnce: in the order of their lines, and no more than there are.
+func TestAllProblemsAtOnce(t *testing.T) {
+	f := Parse("f", []byte("[control]\nsockt = \"/a\"\n[port.b]\nmtu = 1\nnet = 2\nsocket-path = 3\n[port.a]\nqueue = 1\nnet = \"null\"\nsocket-path = \"/b\"\n"))
+	f.Blame("port.a.net", errors.Join(errors.New("one"), errors.New("two")))
+	f.Blame("port.a.mac", errors.New("does not stand there"))
+	f.Blame("port.a.mac", nil)
+	want := strings.Join([]string{
+		"f:2: control.sockt: unknown key: did you mean socket?",
+		"f:4: port.b.mtu: want a number from 68 to 65535, not 1",
+		"f:5: port.b.net: want a string, a network as --net has it, not the number 2",
+		"f:6: port.b.socket-path: want a string, a path, not the number 3",
+		"f:7: port.a.mac: does not stand there",
+		"f:8: port.a.queue: unknown key: did you mean queues?",
+		"f:9: port.a.net: one",
+		"f:9: port.a.net: two",
+	}, "\n")
+	if diff := cmp.Diff(want, f.Err().Error()); diff != "" {
+		t.Errorf("-want +got\n%s", diff)
+	}
+}
+
+func TestLoad(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := Load(filepath.Join(dir, "none")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("no file: %v", err)
+	}
+	path := filepath.Join(dir, "f")
+	if err := os.WriteFile(path, []byte(good), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if f, err := Load(path); err != nil || f.Err() != nil || f.Ports["vm1"].Net != "null" {
+		t.Errorf("%+v, %v", f, err)
+	}
+	if err := os.WriteFile(path, make([]byte, MaxFile+1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Load(path); err == nil || !strings.Contains(err.Error(), "more than 8388608 bytes") {
+		t.Errorf("too large: %v", err)
+	}
+}
+
+func TestCompare(t *testing.T) {
+	old := parse(t, `
+[port.gone]
+net = "null"
+socket-path = "/gone"
+[port.stays]
+net = "null"
+socket-path = "/stays"
+disable-features = []
+[port.mode]
+net = "null"
+socket-path = "/mode"
+[port.mtu]
+net = "null"
+socket-path = "/mtu"
+socket-mode = "0600"
+`)
+	now := parse(t, `
+[log]
+level = "warn"
+format = "json"
+[metrics]
+listen = "127.0.0.1:1"
+[port.mtu]
+net = "null"
+socket-path = "/mtu"
+mtu = 9000
+socket-mode = "0660"
+[port.mode]
+net = "null"
+socket-path = "/mode"
+socket-group = "kvm"
+[port.stays]
+socket-path = "/stays"
+net = "null"
+[port.comes]
+net = "null"
+socket-path = "/gone"
+`)
+	want := Plan{
+		Steps: []Step{
+			{Action: Remove, Port: "gone"},
+			{Action: Reopen, Port: "mtu", Keys: []string{"mtu", "socket-mode"}},
+			{Action: Change, Port: "mode", Keys: []string{"socket-group"}},
+			{Action: Add, Port: "comes"},
+		},
+		Unchanged: 1, Live: []string{"log.level"}, Restart: []string{"log.format", "metrics.listen"},
+	}
+	if diff := cmp.Diff(want, Compare(old, now)); diff != "" {
+		t.Errorf("-want +got\n%s", diff)
+	}
+	if p := Compare(now, now); len(p.Steps) != 0 || p.Unchanged != 4 || p.Live != nil || p.Restart != nil {
+		t.Errorf("a file against itself: %+v", p)
+	}
+}
+
+// FuzzParse: whatever the text, there is a Config or a list of problems, each with a line of the text.
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(good))
+	f.Add([]byte("port.a.b.c = [1, {x = 2}]\n[[port]]\n"))
+	f.Add([]byte("[defaults]\nmtu = 1\nlog = 3"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		file := Parse("f", text)
+		err := file.Err()
+		var all *Problems
+		if err == nil || !errors.As(err, &all) {
+			return
+		}
+		for _, p := range all.List {
+			if p.Line < 0 || p.Line > strings.Count(string(text), "\n")+1 || p.Err == nil {
+				t.Errorf("%+v", p)
+			}
+		}
+	})
+}

@@ -1,0 +1,101 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Port is [port.NAME]: the network card of one guest. Fields have the meaning of the options of `vhostd run` that are called as their keys are.
+type Port struct {
+	Name        string
+	SocketPath  string
+	Client      bool
+	SocketMode  string
+	SocketGroup string
+	Net         string
+	Hostfwd     []string
+	MAC         string
+	MTU         int // bytes; 0: the device's
+	Queues      int // pairs; 0: 1, or what Net says
+	Poll        time.Duration
+	ZeroCopy    string
+	NoBalloon   bool
+	Disable     []string // features
+}
+
+// Bounds of numbers.
+const (
+	minMTU  = 68
+	maxMTU  = 65535
+	maxPair = 128
+)
+
+// defaultPort has a Poll that the reader of the Config replaces: see PollDefault.
+var defaultPort = Port{ZeroCopy: "auto", Poll: PollDefault}
+
+// PollDefault stands for the default of `vhostd run`.
+const PollDefault time.Duration = -1
+
+var portKeys = keys[Port]{
+	{name: "socket-path", form: "a path", field: func(p *Port) any { return &p.SocketPath }},
+	{name: "client", form: "true or false", field: func(p *Port) any { return &p.Client }},
+	{name: "socket-mode", form: `octal permissions like "0660"`, field: func(p *Port) any { return &p.SocketMode }, live: true},
+	{name: "socket-group", form: "a group's name or number", field: func(p *Port) any { return &p.SocketGroup }, live: true},
+	{name: "net", form: "a network as --net has it", field: func(p *Port) any { return &p.Net }},
+	{name: "hostfwd", form: "forwards as --hostfwd has them", field: func(p *Port) any { return &p.Hostfwd }},
+	{name: "mac", form: "an address like 52:54:00:12:34:56", field: func(p *Port) any { return &p.MAC }},
+	{name: "mtu", form: "bytes", field: func(p *Port) any { return &p.MTU }, lo: minMTU, hi: maxMTU},
+	{name: "queues", form: "queue pairs", field: func(p *Port) any { return &p.Queues }, lo: 1, hi: maxPair},
+	{name: "poll", form: `a duration like "30us"`, field: func(p *Port) any { return &p.Poll }, hi: int64(time.Second)},
+	{name: "zerocopy", form: `"auto", "on" or "off"`, field: func(p *Port) any { return &p.ZeroCopy }, check: oneOf("auto", "on", "off")},
+	{name: "no-balloon", form: "true or false", field: func(p *Port) any { return &p.NoBalloon }},
+	{name: "disable-features", form: "names of features", field: func(p *Port) any { return &p.Disable }},
+}
+
+// placeholder stands for the port's name in paths and networks, so that [defaults] can say where all sockets are.
+const placeholder = "{port}"
+
+func (p *Port) expand() {
+	for _, s := range []*string{&p.SocketPath, &p.Net} {
+		*s = strings.ReplaceAll(*s, placeholder, p.Name)
+	}
+}
+
+// clone is p with lists of its own.
+func (p Port) clone() Port {
+	p.Hostfwd, p.Disable = slices.Clone(p.Hostfwd), slices.Clone(p.Disable)
+	return p
+}
+
+// check looks at what one key does not tell.
+func (f *File) check() {
+	sockets := map[string]string{}
+	if f.Control.Socket != ControlNone {
+		sockets[f.Control.Socket] = "control.socket"
+	}
+	for _, name := range slices.Sorted(maps.Keys(f.Ports)) {
+		p, path := f.Ports[name], "port."+name
+		if p.Net == "" && !f.says(path, "net") {
+			f.Blame(path, errors.New("net is missing: which network the guest is on"))
+		}
+		if p.SocketPath == "" {
+			if !f.says(path, "socket-path") {
+				f.Blame(path, errors.New("socket-path is missing: where the VMM is to connect"))
+			}
+			continue
+		}
+		if other, ok := sockets[p.SocketPath]; ok {
+			f.Blame(path+".socket-path", fmt.Errorf("%s is %s's as well", p.SocketPath, other))
+		}
+		sockets[p.SocketPath] = path
+	}
+}
+
+// says reports whether a port has a key, be it wrong, or gets it from [defaults].
+func (f *File) says(path, key string) bool {
+	return f.lines[path+"."+key] > 0 || f.lines["defaults."+key] > 0
+}
