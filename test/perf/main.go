@@ -1,9 +1,10 @@
-// Command perf compares vhostd with DPDK's vhost library. The two take turns (A B A B), driven by the same guest: DPDK's virtio-user in
-// dpdk-testpmd, and the driver end of vhostd bench. Each turn is cut into seconds, and a second counts only in its placement class
+// Command perf compares vhostd with DPDK's vhost library, or with other vhostd binaries. They take turns (A B A B), driven by the same guest: DPDK's
+// virtio-user in dpdk-testpmd, and the driver end of vhostd bench. Each turn is cut into seconds, and a second counts only in its placement class
 // (internal/placement), and only if nothing else ran on the two processors.
 //
 //	make bench-peers
 //	go build -o bin/vhostd ./cmd/vhostd && go run ./test/perf -pairs 5 -date 2026-11-22
+//	go run ./test/perf -against /tmp/vhostd.before,dpdk -work host-to-guest-64 -guest virtio-user
 //
 // The back-end runs on processor 0, the guest on processor 1. It wants root, and 512 huge pages, which it sets aside and gives back.
 package main
@@ -30,7 +31,7 @@ const (
 
 // options are the command line's.
 type options struct {
-	vhostd  string
+	peers   []string // the vhostd binary, and what it is compared with: dpdk, or other binaries
 	pairs   int
 	seconds int
 	works   []string
@@ -42,8 +43,9 @@ type options struct {
 func main() {
 	log.SetFlags(0)
 	var o options
-	var works, rings, guests string
-	flag.StringVar(&o.vhostd, "vhostd", "bin/vhostd", "the vhostd binary")
+	var vhostd, against, works, rings, guests string
+	flag.StringVar(&vhostd, "vhostd", "bin/vhostd", "the vhostd binary")
+	flag.StringVar(&against, "against", dpdkPeer, "comma-separated: what it is compared with, "+dpdkPeer+" or other vhostd binaries")
 	flag.IntVar(&o.pairs, "pairs", 3, "turns of each back-end")
 	flag.IntVar(&o.seconds, "seconds", 4, "good seconds wanted of each turn")
 	flag.StringVar(&works, "work", "", "comma-separated names of the works to do; all when empty: "+workNames())
@@ -51,6 +53,7 @@ func main() {
 	flag.StringVar(&guests, "guest", "virtio-user,bench", "who drives the rings: DPDK's virtio-user, vhostd bench")
 	flag.StringVar(&o.date, "date", "", "also write docs/perf/DATE-peers.md, for example 2026-11-22")
 	flag.Parse()
+	o.peers = append([]string{vhostd}, split(against)...)
 	o.works, o.rings, o.guests = split(works), split(rings), split(guests)
 	if err := o.run(); err != nil {
 		log.Fatal(err)
@@ -79,7 +82,7 @@ func (o options) run() error {
 		out = io.MultiWriter(os.Stdout, f)
 		fmt.Fprint(f, o.preamble())
 	}
-	fmt.Fprintf(out, "| work | guest | ring | class | vhostd | DPDK | ratio | samples |\n|---|---|---|---|---|---|---|---|\n")
+	o.printHead(out)
 	for _, w := range works {
 		if len(o.works) > 0 && !slices.Contains(o.works, w.name) {
 			continue
@@ -108,11 +111,20 @@ share of a processor that the back-end takes, and there a ratio below 1 says tha
 `, o.date, "```\n"+"go run ./test/perf "+strings.Join(os.Args[1:], " ")+"\n```", backCPU, guestCPU)
 }
 
-// compare has the two back-ends take turns at a work.
+// printHead prints the head of the table.
+func (o options) printHead(out io.Writer) {
+	fmt.Fprint(out, "| work | guest | ring | class | vhostd |")
+	for _, peer := range o.peers[1:] {
+		fmt.Fprintf(out, " %s | ratio |", peer)
+	}
+	fmt.Fprintf(out, " samples |\n|%s\n", strings.Repeat("---|", 4+2*len(o.peers)))
+}
+
+// compare has the back-ends take turns at a work.
 func (o options) compare(out io.Writer, w work, t turn) {
-	values := map[placement.Class]map[string][]float64{}
+	values := map[placement.Class][][]float64{} // by peer
 	for range o.pairs {
-		for _, peer := range []string{"vhostd", "dpdk"} {
+		for i, peer := range o.peers {
 			t.peer = peer
 			samples, err := o.measure(w, t)
 			if err != nil {
@@ -121,24 +133,32 @@ func (o options) compare(out io.Writer, w work, t turn) {
 			}
 			for _, s := range samples {
 				if values[s.class] == nil {
-					values[s.class] = map[string][]float64{}
+					values[s.class] = make([][]float64, len(o.peers))
 				}
-				values[s.class][peer] = append(values[s.class][peer], s.value)
+				values[s.class][i] = append(values[s.class][i], s.value)
 			}
 		}
 	}
 	for _, class := range []placement.Class{placement.Near, placement.Far, placement.Unknown} {
-		ours, theirs := values[class]["vhostd"], values[class]["dpdk"]
-		if len(ours)+len(theirs) == 0 {
-			continue
+		if v := values[class]; v != nil {
+			w.printLine(out, t, class, v)
 		}
-		ratio := "-"
-		if len(ours) > 0 && len(theirs) > 0 {
-			ratio = fmt.Sprintf("%.2f", placement.Median(ours)/placement.Median(theirs))
-		}
-		fmt.Fprintf(out, "| %s | %s | %s | %s | %s | %s | %s | %d + %d |\n", w.name, t.guest, t.ring(), class,
-			w.format(ours), w.format(theirs), ratio, len(ours), len(theirs))
 	}
+}
+
+// printLine prints what the peers reached in seconds of one class.
+func (w work) printLine(out io.Writer, t turn, class placement.Class, v [][]float64) {
+	fmt.Fprintf(out, "| %s | %s | %s | %s | %s |", w.name, t.guest, t.ring(), class, w.format(v[0]))
+	samples := fmt.Sprint(len(v[0]))
+	for _, theirs := range v[1:] {
+		ratio := "-"
+		if len(v[0]) > 0 && len(theirs) > 0 {
+			ratio = fmt.Sprintf("%.2f", placement.Median(v[0])/placement.Median(theirs))
+		}
+		fmt.Fprintf(out, " %s | %s |", w.format(theirs), ratio)
+		samples += fmt.Sprintf(" + %d", len(theirs))
+	}
+	fmt.Fprintf(out, " %s |\n", samples)
 }
 
 // sample is one second, in the work's unit.

@@ -54,9 +54,12 @@ func workNames() string {
 	return strings.Join(names, ",")
 }
 
+// dpdkPeer is the peer that is DPDK's vhost library; all others are vhostd binaries.
+const dpdkPeer = "dpdk"
+
 // turn is who does a work.
 type turn struct {
-	peer   string // vhostd or dpdk
+	peer   string // dpdkPeer or a vhostd binary
 	guest  string // virtio-user or bench
 	packed bool
 }
@@ -92,7 +95,7 @@ func (o options) measure(w work, t turn) ([]sample, error) {
 
 // start starts a back-end that does its part of a work, or will when it is told to.
 func (o options) start(w work, t turn, socket string) (*dpdk.Process, error) {
-	if t.peer == "dpdk" {
+	if t.peer == dpdkPeer {
 		mode := "rxonly"
 		switch {
 		case w.kind == latency:
@@ -111,7 +114,7 @@ func (o options) start(w work, t turn, socket string) (*dpdk.Process, error) {
 	case w.headers:
 		net = "null,readheaders=on"
 	}
-	return dpdk.Start(backCPU, o.vhostd, "run", "--socket-path", socket, "--net", net)
+	return dpdk.Start(backCPU, t.peer, "run", "--socket-path", socket, "--net", net)
 }
 
 // byBench measures with the driver end of vhostd bench.
