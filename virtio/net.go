@@ -65,15 +65,25 @@ func DecodeNetHdr(b []byte) NetHdr {
 	return h
 }
 
+// Words is the header as it lies in memory, little endian: its first 8 bytes, and the 4 behind them, of which the last two are num_buffers.
+func (h NetHdr) Words() (first uint64, last uint32) {
+	first = uint64(h.Flags) | uint64(h.GSOType)<<8 | uint64(h.HdrLen)<<16 | uint64(h.GSOSize)<<32 | uint64(h.CsumStart)<<48
+	return first, uint32(h.CsumOffset) | uint32(h.NumBuffers)<<16
+}
+
 // Encode writes the header into b, which is 10 or 12 bytes long.
 func (h NetHdr) Encode(b []byte) {
-	b[0], b[1] = h.Flags, h.GSOType
-	binary.LittleEndian.PutUint16(b[2:], h.HdrLen)
-	binary.LittleEndian.PutUint16(b[4:], h.GSOSize)
-	binary.LittleEndian.PutUint16(b[6:], h.CsumStart)
-	binary.LittleEndian.PutUint16(b[8:], h.CsumOffset)
+	first, last := h.Words()
+	PutNetHdr(b, first, last)
+}
+
+// PutNetHdr writes a header that is given as Words into b, which is 10 or 12 bytes long.
+func PutNetHdr(b []byte, first uint64, last uint32) {
+	binary.LittleEndian.PutUint64(b, first)
 	if len(b) >= NetHdrSize {
-		binary.LittleEndian.PutUint16(b[10:], h.NumBuffers)
+		binary.LittleEndian.PutUint32(b[8:], last)
+	} else {
+		binary.LittleEndian.PutUint16(b[8:], uint16(last))
 	}
 }
 

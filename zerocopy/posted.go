@@ -139,10 +139,15 @@ func (p *Posted) Write(hdr virtio.NetHdr, frags [][]byte) WriteResult {
 	if len(p.pending) > 0 && !p.Flush() {
 		return NoRoom
 	}
-	if hdr.Flags|hdr.GSOType != 0 && !p.accept.Takes(hdr) {
-		return p.lower(hdr, frags, p.accept)
+	var first uint64 // of a header without flags: no other field of it means anything (virtio-v1.2 §5.1.6)
+	var last uint32
+	if hdr.Flags|hdr.GSOType != 0 {
+		if !p.accept.Takes(hdr) {
+			return p.lower(hdr, frags, p.accept)
+		}
+		first, last = hdr.Words()
 	}
-	if len(frags) == 1 && p.writeNext(&hdr, frags[0]) {
+	if len(frags) == 1 && p.writeNext(first, last&^numBuffers, frags[0]) {
 		return Written
 	}
 	r := p.write(&hdr, frags)

@@ -5,8 +5,15 @@ import (
 	"github.com/vhostd/vhostd/vring"
 )
 
-// writeNext is write for nearly every frame: it fits into the one segment of the guest's next buffer.
-func (p *Posted) writeNext(hdr *virtio.NetHdr, frame []byte) bool {
+// numBuffers is where num_buffers lies in the last word of a header, oneBuffer that field of a frame in one buffer.
+const (
+	oneBuffer  = 1 << 16
+	numBuffers = 0xffff << 16
+)
+
+// writeNext is write for nearly every frame: it fits into the one segment of the guest's next buffer. The header comes as virtio.NetHdr.Words, in registers: a
+// load of what was just stored in smaller pieces waits until those are in the cache, and so behind all stores to the guest's memory.
+func (p *Posted) writeNext(first uint64, last uint32, frame []byte) bool {
 	if p.first == p.last && !p.popAhead() {
 		return false
 	}
@@ -16,8 +23,7 @@ func (p *Posted) writeNext(hdr *virtio.NetHdr, frame []byte) bool {
 		return false
 	}
 	dst := c.Segs[0].Mem[:total]
-	hdr.NumBuffers = 1
-	hdr.Encode(dst[:p.hdrLen])
+	virtio.PutNetHdr(dst[:p.hdrLen], first, last|oneBuffer)
 	copy(dst[p.hdrLen:], frame)
 	p.ring.View().Dirty(c.Segs[0].Addr, uint64(total))
 	p.ring.Put(c.Head, uint32(total))
