@@ -6,6 +6,7 @@ import (
 
 	"github.com/vhostd/vhostd/backend"
 	"github.com/vhostd/vhostd/guestmem"
+	"github.com/vhostd/vhostd/internal/shm"
 	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/virtio"
 )
@@ -24,12 +25,16 @@ func cutOff(t *testing.T, d *device, o vhosttest.Options) *end {
 	return start(t, d, o, func(o *backend.Options) { o.DrainTimeout = 20 * time.Millisecond })
 }
 
-// cut truncates regions to nothing.
+// cut truncates regions to nothing, and checks that whoever touches them now gets SIGBUS.
 func cut(t *testing.T, regions ...*vhosttest.Region) {
 	t.Helper()
 	for _, r := range regions {
 		if err := r.Truncate(0); err != nil {
 			t.Fatal(err)
+		}
+		var b [1]byte
+		if f := shm.Guard(func() { copy(b[:], r.Mem) }); f == nil {
+			t.Fatal("the region is still there")
 		}
 	}
 }

@@ -1,39 +1,55 @@
 package backend
 
 import (
-	"errors"
-	"fmt"
 	"runtime"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 
+	"github.com/vhostd/vhostd/internal/shm"
 	"github.com/vhostd/vhostd/internal/sys"
+	"github.com/vhostd/vhostd/netdev"
 )
 
-// errFault is what an access to guest memory ends in when the file behind it has been truncated.
-var errFault = errors.New("guest memory faulted: its file was truncated")
+// Faulted implements shm.Owner: the front-end has truncated the memory that it shared, which ends its session.
+func (e *ending) Faulted(f *shm.Fault) { e.fail(f) }
+
+// blame tells whose memory has faulted, and reports whether that was not this session's, but another's. Memory without an owner, a device's second mapping of
+// guest memory, counts as this session's.
+func (s *session) blame(f *shm.Fault) (others bool) {
+	if f.Owner == nil || f.Owner == shm.Owner(s.ending) {
+		s.Faulted(f)
+		return false
+	}
+	f.Owner.Faulted(f)
+	return true
+}
 
 // guard runs f, which touches guest memory, and turns a memory fault into an error. Other panics pass.
-func guard(f func()) (err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() { err = errors.Join(err, faultOf(recover())) }()
-	f()
+func guard(f func()) error {
+	if fault := shm.Guard(f); fault != nil {
+		return fault
+	}
 	return nil
 }
 
-// faultOf tells a memory fault from other panics, which go on.
-func faultOf(r any) error {
-	if r == nil {
-		return nil
+// unwound takes note of a fault that has ended what the queue's worker or the control side was doing, and reports whether the queue can go on. It can when
+// a frame on its way to the guest has faulted that is still in another guest's memory, and the device does not try it again: then it is that other session
+// which ends, and nothing of this one's was half done. The queue is locked.
+func (q *queue) unwound(f *shm.Fault) (goesOn bool) {
+	others := q.s.blame(f)
+	u, ok := q.dev.(netdev.Unwinder)
+	switch {
+	case ok && q.fromGuest:
+		u.SendUnwound()
+	case ok:
+		u.RecvUnwound()
+		if others {
+			return true
+		}
 	}
-	if e, ok := r.(interface {
-		runtime.Error
-		Addr() uintptr
-	}); ok {
-		return fmt.Errorf("%w (at host address %#x)", errFault, e.Addr())
-	}
-	panic(r)
+	q.s.fail(f)
+	q.fault = f
+	return false
 }
 
 // checkNotifier refuses a descriptor that could keep a worker waiting; -1 is none.

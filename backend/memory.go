@@ -15,7 +15,7 @@ func (s *session) SetMemTable(regions []vhostuser.MemoryRegion, fds []int) error
 	defer vhostuser.CloseFDs(fds)
 	var mapped []*guestmem.Region
 	for i, r := range regions {
-		m, err := mapRegion(r, fds[i])
+		m, err := s.mapRegion(r, fds[i])
 		if err != nil {
 			discard(mapped)
 			return err
@@ -33,7 +33,7 @@ func (s *session) SetMemTable(regions []vhostuser.MemoryRegion, fds []int) error
 // is removed as often, and goes with the last.
 func (s *session) AddMemReg(r vhostuser.MemoryRegion, fd int) error {
 	defer vhostuser.CloseFDs([]int{fd})
-	m, err := mapRegion(r, fd)
+	m, err := s.mapRegion(r, fd)
 	if err != nil {
 		return err
 	}
@@ -65,8 +65,13 @@ func (s *session) RemMemReg(r vhostuser.MemoryRegion) error {
 // GetMaxMemSlots implements vhostuser.Handler.
 func (s *session) GetMaxMemSlots() uint64 { return guestmem.MaxRegions }
 
-func mapRegion(r vhostuser.MemoryRegion, fd int) (*guestmem.Region, error) {
-	return guestmem.NewRegion(fd, r.MmapOffset, guestmem.GPA(r.GuestAddr), guestmem.UVA(r.UserAddr), r.Size)
+// mapRegion maps a region, whose faults are the session's.
+func (s *session) mapRegion(r vhostuser.MemoryRegion, fd int) (*guestmem.Region, error) {
+	m, err := guestmem.NewRegion(fd, r.MmapOffset, guestmem.GPA(r.GuestAddr), guestmem.UVA(r.UserAddr), r.Size)
+	if err == nil {
+		m.Own(s.ending)
+	}
+	return m, err
 }
 
 func discard(regions []*guestmem.Region) {

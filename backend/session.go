@@ -16,8 +16,8 @@ import (
 
 // session is one front-end's connection: a vhostuser.Handler. Its methods run on one goroutine.
 type session struct {
+	*ending
 	b      *Backend
-	conn   *vhostuser.Conn
 	queues []*queue // 2*i is the receiveq of pair i, 2*i+1 its transmitq
 	table  *guestmem.Table
 	// repeats counts, by region, the ADD_MEM_REGs after the first.
@@ -30,8 +30,6 @@ type session struct {
 	protocol  vhostuser.ProtocolFeatures
 	activated int // pairs that the device was told are in use
 
-	fault atomic.Pointer[error] // why a worker ended the session
-
 	memRegions atomic.Int64
 	memBytes   atomic.Uint64
 }
@@ -42,7 +40,7 @@ func newSession(b *Backend, conn *vhostuser.Conn) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &session{b: b, conn: conn, table: table, repeats: map[*guestmem.Region]int{}, activated: -1}
+	s := &session{b: b, ending: &ending{conn: conn}, table: table, repeats: map[*guestmem.Region]int{}, activated: -1}
 	for i := range 2 * b.opts.MaxPairs {
 		q, err := newQueue(s, i)
 		if err != nil {
@@ -73,10 +71,17 @@ func (s *session) close() {
 	s.table.Unpin()
 }
 
+// ending is how a session is ended from elsewhere. It is apart from the session for the memory that refers to it: what is not unmapped before nobody can
+// reach it any more (zerocopy.Window.Abandon) must not be what keeps it within reach.
+type ending struct {
+	conn  *vhostuser.Conn
+	fault atomic.Pointer[error] // why the session ends
+}
+
 // fail ends the session for err; any goroutine may call it.
-func (s *session) fail(err error) {
-	if s.fault.CompareAndSwap(nil, &err) {
-		_ = s.conn.Close()
+func (e *ending) fail(err error) {
+	if e.fault.CompareAndSwap(nil, &err) {
+		_ = e.conn.Close()
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/vhostd/vhostd/internal/shm"
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/vhostuser"
 	"github.com/vhostd/vhostd/zerocopy"
@@ -56,8 +57,11 @@ func (q *queue) halt() bool {
 
 // try runs f, which touches guest memory, unless that has faulted before.
 func (q *queue) try(f func()) {
-	if q.fault == nil {
-		q.fault = guard(f)
+	if q.fault != nil {
+		return
+	}
+	if f := shm.Guard(f); f != nil && q.unwound(f) {
+		q.fault = f // what f did is half done, whosever memory it was
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"runtime/debug"
 	"time"
 
+	"github.com/vhostd/vhostd/internal/shm"
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/vring"
 	"github.com/vhostd/vhostd/zerocopy"
@@ -55,10 +56,7 @@ func (q *queue) turn(arm bool) (next step) {
 	defer q.mu.Unlock()
 	defer func() {
 		if r := recover(); r != nil {
-			q.fault = faultOf(r)
-			q.s.fail(q.fault)
-			q.waits.none()
-			next = wait
+			next = q.recovered(shm.Caught(r))
 		}
 	}()
 	switch {
@@ -79,6 +77,15 @@ func (q *queue) turn(arm bool) (next step) {
 		}
 	}
 	return next
+}
+
+// recovered goes on after a fault, or waits for the end of the session.
+func (q *queue) recovered(f *shm.Fault) step {
+	if q.unwound(f) {
+		return again
+	}
+	q.waits.none()
+	return wait
 }
 
 // transmit moves one batch from the guest to the device.

@@ -93,6 +93,9 @@ func (r *Region) Discard() {
 	_ = r.mem.Unmap()
 }
 
+// Own says who is to blame when the region's memory faults (see shm.Fault), until it is unmapped. It is called once at most.
+func (r *Region) Own(o shm.Owner) { r.mem.Own(o) }
+
 // Bytes is the region's memory.
 func (r *Region) Bytes() []byte { return r.mem.Bytes }
 

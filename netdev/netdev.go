@@ -9,6 +9,20 @@
 //
 //	transmitq worker:  Send(frames) ... Reap() ... wait for kick, SendFD, or a release
 //	receiveq worker:   Recv(posted) ... wait for RecvFD, or for the kick when the guest posted too little
+//
+// # Faults
+//
+// Guest memory can fault at any access: its file was truncated by the front-end, whose session ends for it. The fault unwinds Send, Reap, Orphan, Recv
+// or Recall from within, as a panic that only the caller recovers from. So wherever a device touches the pages of a frame or a posted buffer:
+//
+//   - locks are given up by defer, and books are kept so that a call that ended there has not begun with that frame; a device for which
+//     that is not so is an Unwinder;
+//   - buffers that Send was given may then be released or not, each once at most;
+//   - Queue and Device go on: the next session uses them, and a fault in a frame of another session's, which Recv was about to copy,
+//     ends that session and not the one that Recv was called for;
+//   - goroutines of the device's own do not touch guest memory, or do it within shm.Guard and tell the Fault's Owner.
+//
+// System calls do not fault: they return EFAULT, which is the end of that frame alone.
 package netdev
 
 import (

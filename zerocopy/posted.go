@@ -318,16 +318,15 @@ func (p *Posted) lower(hdr virtio.NetHdr, frags [][]byte, takes offload.Set) Wri
 // keep copies the frame in p.parts to the end of pending.
 func (p *Posted) keep(hdr virtio.NetHdr) {
 	n := len(p.pending)
-	if n < cap(p.pending) {
-		p.pending = p.pending[:n+1]
-	} else {
-		p.pending = append(p.pending, segment{})
+	if n == cap(p.pending) {
+		p.pending = append(p.pending, segment{})[:n]
 	}
-	s := &p.pending[n]
+	s := &p.pending[:n+1][n]
 	s.hdr, s.data = hdr, s.data[:0]
 	for _, f := range p.parts {
 		s.data = append(s.data, f...)
 	}
+	p.pending = p.pending[:n+1] // last: the sender's memory may fault, and half a frame is none
 }
 
 // Flush writes what is left of a frame that was cut. It reports false when the guest has not posted enough.

@@ -14,6 +14,7 @@ type Mapping struct {
 	whole  []byte // from the page before it; nil when backed by the heap
 	source source
 	huge   *hugeFile // nil for pages of the usual size
+	owner  Owner     // nil: nobody; guarded by owned
 }
 
 // source is the place in a file that a Mapping shows.
@@ -66,6 +67,7 @@ func Heap(size int) *Mapping {
 
 // Unmap gives the memory back; every slice of it is invalid from then on. A second call does nothing.
 func (m *Mapping) Unmap() error {
+	m.disown()
 	whole, huge := m.whole, m.huge
 	m.Bytes, m.whole, m.huge = nil, nil, nil
 	if whole == nil {

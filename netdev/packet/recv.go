@@ -116,9 +116,7 @@ func (r *receiver) place(p *zerocopy.Posted, s *slot, status uint32) zerocopy.Wr
 	var res zerocopy.WriteResult
 	switch incomplete := r.incomplete(status, m); {
 	case status&unix.TP_STATUS_COPY != 0:
-		res = r.large(p, hdr, m, tagged, incomplete)
-		r.free(s) // what waits now waits in the stage
-		return res
+		return r.large(p, s, hdr, m, tagged, incomplete)
 	case incomplete, m > s.u32(offSnapLen), m < minFrame:
 		r.lost.Add(1)
 		res = zerocopy.TooBig
@@ -172,9 +170,11 @@ func (r *receiver) write(p *zerocopy.Posted, hdr virtio.NetHdr, frame []byte, ta
 	return p.Write(hdr, r.frags[:])
 }
 
-// large reads the frame of m bytes at the head of the socket's queue: into the guest's buffers if it can go there as it is. A frame that is
-// incomplete is read and lost.
-func (r *receiver) large(p *zerocopy.Posted, hdr virtio.NetHdr, m int, tagged, incomplete bool) zerocopy.WriteResult {
+// large reads the frame of m bytes at the head of the socket's queue, which slot s tells of: into the guest's buffers if it can go there as it is. A frame
+// that is incomplete is read and lost.
+func (r *receiver) large(p *zerocopy.Posted, s *slot, hdr virtio.NetHdr, m int, tagged, incomplete bool) zerocopy.WriteResult {
+	// The frame is out of the socket's queue, or what waits of it in the stage, even when guest memory faults: slots and queue stay in step.
+	defer r.free(s)
 	if !tagged && !incomplete && r.accept.Takes(hdr) {
 		if segs, room := p.Space(p.HdrLen() + m); room >= p.HdrLen()+m && r.aim(segs, p.HdrLen(), m) {
 			if !r.read(m) {

@@ -181,6 +181,13 @@ func (l *link) pop(s *slot, tail uint64, o zerocopy.Outcome) {
 	}
 }
 
+// unwound drops the frame at tail, if its pages are the sender's: it may be these that have faulted, and would again.
+func (l *link) unwound() {
+	if l.hold && l.discard(1, zerocopy.Dropped) > 0 {
+		l.dropped.Add(1)
+	}
+}
+
 // idle arms ready, and reports whether the ring is still empty then.
 func (l *link) idle(tail uint64) bool {
 	if !l.waiting.Load() {

@@ -47,6 +47,12 @@ func (q *queue) Recv(p *zerocopy.Posted, max int) (n int, idle bool, err error) 
 	return n, idle, nil
 }
 
+// SendUnwound implements netdev.Unwinder: a frame whose copy did not end is not in its slot.
+func (q *queue) SendUnwound() {}
+
+// RecvUnwound implements netdev.Unwinder.
+func (q *queue) RecvUnwound() { q.d.in[q.index].unwound() }
+
 // RecvFD implements netdev.Queue.
 func (q *queue) RecvFD() int { return q.d.in[q.index].ready.FD() }
 

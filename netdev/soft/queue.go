@@ -19,7 +19,8 @@ type queue struct {
 	seg     offload.Segmenter
 	parent  *zerocopy.Buffer   // the frame that is being cut; nil when none is
 	waiting []*zerocopy.Buffer // children that the inner device has not taken; never empty while parent is not nil, between calls
-	pool    pool
+	pool    *pool
+	making  *child // of the pool, for the next segment; nil until it is needed
 	dropped atomic.Uint64
 }
 
@@ -75,13 +76,16 @@ func (q *queue) begin(bufs []*zerocopy.Buffer) int {
 // fill makes children until limit of them wait, or the frame is done.
 func (q *queue) fill(limit int) {
 	for q.parent != nil && len(q.waiting) < limit {
-		c := q.pool.get()
+		if q.making == nil {
+			q.making = q.pool.get()
+		}
+		c := q.making
 		hdr, n, payload, ok := q.seg.Next(c.head[:])
 		if !ok {
-			q.pool.put(c)
 			q.finish(zerocopy.ZeroCopied) // it is the children that say what became of the pages
 			return
 		}
+		q.making = nil
 		q.parent.Retain()
 		c.carry(q.parent, hdr, n, payload)
 		q.waiting = append(q.waiting, &c.buf)
@@ -116,7 +120,25 @@ func (q *queue) Reap() {
 }
 
 // Held implements netdev.Holder.
-func (q *queue) Held() bool { return len(q.waiting) > 0 }
+func (q *queue) Held() bool {
+	h, ok := q.Queue.(netdev.Holder)
+	return len(q.waiting) > 0 || ok && h.Held()
+}
+
+// SendUnwound implements netdev.Unwinder. Nobody can say which of the children the inner device has, so all are forgotten, with their parent and their pool.
+func (q *queue) SendUnwound() {
+	if u, ok := q.Queue.(netdev.Unwinder); ok {
+		u.SendUnwound()
+	}
+	q.parent, q.making, q.waiting, q.pool = nil, nil, nil, &pool{}
+}
+
+// RecvUnwound implements netdev.Unwinder for an inner Queue that does.
+func (q *queue) RecvUnwound() {
+	if u, ok := q.Queue.(netdev.Unwinder); ok {
+		u.RecvUnwound()
+	}
+}
 
 // Orphan implements netdev.Orphaner: what waits for room waits in private memory from now on.
 func (q *queue) Orphan() {
@@ -151,6 +173,10 @@ func (q *queue) drop() {
 	q.dropped.Add(uint64(len(q.waiting)))
 	zerocopy.ReleaseAll(q.waiting, zerocopy.Dropped)
 	q.waiting = nil
+	if q.making != nil {
+		q.pool.put(q.making)
+		q.making = nil
+	}
 	if q.parent != nil {
 		q.finish(zerocopy.Dropped)
 	}

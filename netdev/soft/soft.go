@@ -36,6 +36,7 @@ func Wrap(dev netdev.Device) netdev.Device {
 	for i := range d.queues {
 		d.queues[i].Queue = dev.Queue(i)
 		d.queues[i].takes = caps.FromGuest
+		d.queues[i].pool = &pool{}
 	}
 	return d
 }

@@ -83,21 +83,24 @@ func (q *queue) sendBatch(bufs []*zerocopy.Buffer) (n int, full bool) {
 	return q.settle(bufs[:n], b.errnos[:n])
 }
 
-// fill queues writes of the first of bufs and returns their number. There is room for one frame of too many fragments.
-func (q *queue) fill(bufs []*zerocopy.Buffer) int {
+// fill queues writes of the first of bufs and returns their number. There is room for one frame of too many fragments. Guest memory can fault
+// under gather, so nothing is queued before the last of them.
+func (q *queue) fill(bufs []*zerocopy.Buffer) (n int) {
 	b, flat := q.send.batch, false
-	for i, buf := range bufs {
+	for _, buf := range bufs {
 		if len(buf.Segs()) > maxFrags {
 			if flat {
-				return i
+				break
 			}
 			flat = true
 		}
-		v := &b.iovs[i]
-		q.gather(v, b.hdrs[i][:q.hdr], buf)
-		b.ring.WritevFile(v.Pieces(), uint64(i))
+		q.gather(&b.iovs[n], b.hdrs[n][:q.hdr], buf)
+		n++
 	}
-	return len(bufs)
+	for i := range n {
+		b.ring.WritevFile(b.iovs[i].Pieces(), uint64(i))
+	}
+	return n
 }
 
 // collect notes what became of the n writes that were submitted. The kernel has done them when Submit returns, so there is nothing to wait for;

@@ -161,6 +161,16 @@ func (f *flights) end(slot int, o zerocopy.Outcome) {
 	b.Release(o)
 }
 
+// giveUp ends frames that took a slot and were never launched.
+func (f *flights) giveUp(slots []int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, slot := range slots {
+		f.throttle.giveBack()
+		f.end(slot, zerocopy.Dropped)
+	}
+}
+
 // watch takes completions that the worker does not take, until close and the last of them.
 func (f *flights) watch() {
 	defer close(f.ended)

@@ -73,6 +73,11 @@ func (s *outSocket) sendCopies(done func(frame int, errno unix.Errno)) {
 			i++
 		}
 	}
+	s.forget()
+}
+
+// forget drops the queued datagrams.
+func (s *outSocket) forget() {
 	s.copies.Reset()
 	s.owner = s.owner[:0]
 }

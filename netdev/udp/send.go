@@ -314,6 +314,27 @@ func (q *queue) Reap() {
 	}
 }
 
+// SendUnwound implements netdev.Unwinder: what is queued has not been handed to the kernel, and is dropped.
+func (q *queue) SendUnwound() {
+	s := &q.send
+	if s.flights != nil {
+		s.flights.giveUp(s.pages.slots)
+	}
+	for _, b := range s.copied {
+		b.Release(zerocopy.Dropped)
+	}
+	s.dropped.Add(uint64(len(s.pages.slots) + len(s.copied)))
+	s.pages.reset()
+	for i := range s.socks {
+		s.socks[i].forget()
+	}
+	clear(s.copied)
+	s.copied, s.reason, s.sent = s.copied[:0], s.reason[:0], s.sent[:0]
+}
+
+// RecvUnwound implements netdev.Unwinder: frames that were received lie in private memory.
+func (q *queue) RecvUnwound() {}
+
 // CompletionFD implements netdev.Completer.
 func (q *queue) CompletionFD() int {
 	if f := q.send.flights; f != nil {

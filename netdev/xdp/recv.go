@@ -65,6 +65,7 @@ func (b *binding) wakeFill() {
 // take moves up to limit frames to the guest, by copy.
 func (b *binding) take(p *zerocopy.Posted, limit int) (n int, idle bool) {
 	rx, used := &b.sock.Rx, 0
+	defer func() { b.reuse(used) }() // when guest memory faults too: no chunk goes to the kernel twice
 	for n < limit {
 		parts, whole := b.gather(used)
 		if idle = !whole || used >= ringSize/2; idle { // frames that the guest cannot have do not keep the worker for good
@@ -85,12 +86,16 @@ func (b *binding) take(p *zerocopy.Posted, limit int) (n int, idle bool) {
 			used++
 		}
 	}
+	return n, idle
+}
+
+// reuse is done with the first used entries of the Rx ring, whose chunks were added to the Fill ring.
+func (b *binding) reuse(used int) {
 	if used > 0 {
-		rx.Release(used)
+		b.sock.Rx.Release(used)
 		b.sock.Fill.Publish()
 		b.wakeFill()
 	}
-	return n, idle
 }
 
 // gather finds the pieces of the frame that begins at entry i of the Rx ring, and sets frags to them; to none when it has too many. whole is
