@@ -261,7 +261,7 @@ func (d *daemonOf) ask(t testing.TB) (answer json.RawMessage) {
 		return nil
 	}
 	defer c.Close()
-	if err := c.Call(ctx, "stats", &answer); err != nil {
+	if err := c.Call(ctx, "stats", nil, &answer); err != nil {
 		t.Error(err)
 	}
 	return answer
