@@ -105,6 +105,7 @@ func New(o Options) (*Backend, error) {
 	}
 	b := &Backend{opts: o, dev: dev, log: o.Log, totals: make([]total, 2*o.MaxPairs)}
 	b.features, b.protocol = offered(o)
+	b.openDoors(nil)
 	return b, nil
 }
 

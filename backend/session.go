@@ -49,11 +49,13 @@ func newSession(b *Backend, conn *vhostuser.Conn) (*session, error) {
 		}
 		s.queues = append(s.queues, q)
 	}
+	b.openDoors(s)
 	return s, nil
 }
 
 // close ends the session: every ring stops, every descriptor and all memory goes.
 func (s *session) close() {
+	s.b.openDoors(nil)
 	if err := s.stopAll(); err != nil {
 		s.b.log.Warn("session ended unclean", "error", err)
 	}

@@ -154,6 +154,9 @@ func (q *queue) armTransmit() step {
 	if c, ok := q.dev.(netdev.Completer); ok && q.window.Pending() > 0 && q.waits.device < 0 {
 		q.waits.reap = c.CompletionFD()
 	}
+	if p, ok := q.dev.(netdev.Putter); ok {
+		p.SendIdle()
+	}
 	q.window.Sleep()
 	if q.window.Reap() > 0 {
 		q.window.Awake()

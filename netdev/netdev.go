@@ -10,6 +10,8 @@
 //	transmitq worker:  Send(frames) ... Reap() ... wait for kick, SendFD, or a release
 //	receiveq worker:   Recv(posted) ... wait for RecvFD, or for the kick when the guest posted too little
 //
+// A device whose frames come from another guest's worker can have that one put them into the posted buffers, instead of waking the receiveq's: see Doorway.
+//
 // # Faults
 //
 // Guest memory can fault at any access: its file was truncated by the front-end, whose session ends for it. The fault unwinds Send, Reap, Orphan, Recv

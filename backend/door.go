@@ -1,0 +1,70 @@
+package backend
+
+import (
+	"github.com/vhostd/vhostd/internal/shm"
+	"github.com/vhostd/vhostd/netdev"
+	"github.com/vhostd/vhostd/zerocopy"
+)
+
+// A receiveq is the netdev.Door to its guest: other threads than its worker's may deliver frames, one at a time, when the lock is free. They come from a
+// worker that holds its own queue's lock already. That cannot deadlock, since they only try.
+var _ netdev.Door = (*queue)(nil)
+
+// Try implements netdev.Door.
+func (q *queue) Try(d netdev.Deliverer) (state netdev.DoorState) {
+	if q.attention.Load() || !q.mu.TryLock() {
+		return netdev.DoorBusy
+	}
+	defer q.mu.Unlock()
+	if !q.started || !q.enabled || q.broken != nil || q.fault != nil || q.s.fault.Load() != nil {
+		return netdev.DoorShut
+	}
+	defer func() {
+		if r := recover(); r != nil {
+			state = q.unwoundAtDoor(shm.Caught(r))
+		}
+	}()
+	q.deliver(d, q.posted)
+	if q.broken != nil {
+		return netdev.DoorShut
+	}
+	return netdev.DoorOpen
+}
+
+// deliver is receive for frames that d has.
+func (q *queue) deliver(d netdev.Deliverer, p *zerocopy.Posted) {
+	if p.Lent() > 0 || !p.Flush() {
+		return // what the device or an earlier frame has begun goes first
+	}
+	d.Deliver(p)
+	q.publish()
+	if err := p.Err(); err != nil {
+		q.breakRing(err)
+	}
+}
+
+// unwoundAtDoor is unwound for a delivery on another thread: when it was not this guest's memory that faulted, it is the session of the frame's sender that
+// ends, and nothing here was half done.
+func (q *queue) unwoundAtDoor(f *shm.Fault) netdev.DoorState {
+	if q.unwound(f) {
+		return netdev.DoorOpen
+	}
+	return netdev.DoorShut
+}
+
+// Wake implements netdev.Door.
+func (q *queue) Wake() { q.signalWake() }
+
+// openDoors lets the device deliver to the session's receiveqs, or closes them.
+func (b *Backend) openDoors(s *session) {
+	for i := range b.opts.MaxPairs {
+		d, ok := b.dev.Queue(i).(netdev.Doorway)
+		switch {
+		case !ok:
+		case s == nil:
+			d.SetDoor(nil)
+		default:
+			d.SetDoor(s.queues[2*i])
+		}
+	}
+}

@@ -1,0 +1,218 @@
+package l2switch
+
+import (
+	"math/bits"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+)
+
+// ways is how many addresses share a bucket: their keys fill one line of the processor's cache.
+const ways = 8
+
+// noKey is no address: VLAN 0 is none's.
+const noKey = 0
+
+// station packs a VLAN and an Ethernet address.
+func station(vid uint16, mac uint64) uint64 { return uint64(vid)<<48 | mac }
+
+// entry packs a port's index and when the address was heard of last, in seconds.
+func entry(port int, stamp uint32) uint64 { return uint64(port)<<32 | uint64(stamp) }
+
+// bucket is a set of addresses. Readers take no lock: they read seq before and after, which is odd while a writer is at it.
+type bucket struct {
+	keys [ways]atomic.Uint64
+	vals [ways]atomic.Uint64
+	seq  atomic.Uint32
+	_    [60]byte
+}
+
+// table is what the switch has learned: which port an address is behind. Its memory is bounded by its making, its load by limit, and what one port
+// puts in by that port's own limit. Lookups take no lock; learn, forget and sweep take mu.
+type table struct {
+	mu      sync.Mutex
+	buckets []bucket
+	shift   uint   // of a hash, to a bucket
+	seed    uint64 // so that nobody can choose addresses that meet in one bucket
+	limit   int
+	ageing  uint32 // seconds
+	count   atomic.Int64
+	swept   uint32 // when the aged were thrown out last
+
+	moves   atomic.Uint64 // addresses that went to another port
+	refused atomic.Uint64 // addresses that were not learned: the table was full
+}
+
+func newTable(limit int, ageing uint32) *table {
+	n := 1 << bits.Len(uint(2*limit/ways))
+	return &table{buckets: make([]bucket, n), shift: uint(64 - bits.Len(uint(n-1))), seed: rand.Uint64(), limit: limit, ageing: ageing}
+}
+
+func (t *table) bucket(key uint64) *bucket {
+	h := key ^ t.seed
+	h = (h ^ h>>32) * 0x9e3779b97f4a7c15
+	h = (h ^ h>>29) * 0xbf58476d1ce4e5b9
+	return &t.buckets[h>>t.shift]
+}
+
+// lookup finds the port of an address.
+func (t *table) lookup(key uint64, now uint32) (port int, stamp uint32, ok bool) {
+	b := t.bucket(key)
+	for {
+		seq := b.seq.Load()
+		port, stamp, ok = b.find(key)
+		if seq&1 == 0 && b.seq.Load() == seq {
+			break
+		}
+	}
+	return port, stamp, ok && !t.aged(stamp, now)
+}
+
+// aged tells an address that was not heard of for too long. stamp may be later than now, which was read before on another thread.
+func (t *table) aged(stamp, now uint32) bool { return int32(now-stamp) > int32(t.ageing) }
+
+func (b *bucket) find(key uint64) (port int, stamp uint32, ok bool) {
+	for i := range b.keys {
+		if b.keys[i].Load() == key {
+			v := b.vals[i].Load()
+			return int(v >> 32), uint32(v), true
+		}
+	}
+	return 0, 0, false
+}
+
+// set replaces way i. The caller holds mu.
+func (b *bucket) set(i int, key, val uint64) {
+	b.seq.Add(1)
+	b.keys[i].Store(key)
+	b.vals[i].Store(val)
+	b.seq.Add(1)
+}
+
+// learned is a port's share of the table.
+type learned struct {
+	count   atomic.Int64
+	refused atomic.Uint64 // addresses that were not learned: the port has as many as it may
+}
+
+// touch notes that an address was heard of, where it is known to be.
+func (t *table) touch(key uint64, port int, now uint32) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	b := t.bucket(key)
+	if way, known := b.place(key); known && int(b.vals[way].Load()>>32) == port {
+		b.set(way, key, entry(port, now))
+	}
+}
+
+// learn notes that key is behind a port, whose share is of at most max addresses. shares finds the share of the port that loses one.
+func (t *table) learn(key uint64, port int, now uint32, share *learned, max int, shares func(port int) *learned) {
+	if int(share.count.Load()) >= max && t.tidy(now) {
+		share.refused.Add(1)
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	b := t.bucket(key)
+	way, known := b.place(key)
+	if !known && int(share.count.Load()) >= max {
+		t.sweep(now, shares)
+	}
+	switch {
+	case known:
+	case int(share.count.Load()) >= max:
+		share.refused.Add(1)
+		return
+	case int(t.count.Load()) >= t.limit:
+		t.sweep(now, shares)
+		if int(t.count.Load()) >= t.limit {
+			t.refused.Add(1)
+			return
+		}
+		way, _ = b.place(key)
+	}
+	if old := b.keys[way].Load(); old != noKey {
+		t.drop(b.vals[way].Load(), shares)
+		if known && int(b.vals[way].Load()>>32) != port {
+			t.moves.Add(1)
+		}
+	}
+	b.set(way, key, entry(port, now))
+	share.count.Add(1)
+	t.count.Add(1)
+}
+
+// tidy reports whether the aged were thrown out just now, so that there is no point in doing it again.
+func (t *table) tidy(now uint32) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.swept == now
+}
+
+// place finds the way of a key, or else the one that it may take: a free one, or the one that was heard of least lately.
+func (b *bucket) place(key uint64) (way int, known bool) {
+	oldest := ^uint32(0)
+	for i := range b.keys {
+		switch k := b.keys[i].Load(); {
+		case k == key:
+			return i, true
+		case k == noKey:
+			way, oldest = i, 0
+		case oldest != 0 && uint32(b.vals[i].Load()) < oldest:
+			way, oldest = i, uint32(b.vals[i].Load())
+		}
+	}
+	return way, false
+}
+
+// drop counts an entry that goes. The caller holds mu.
+func (t *table) drop(val uint64, shares func(port int) *learned) {
+	t.count.Add(-1)
+	if s := shares(int(val >> 32)); s != nil {
+		s.count.Add(-1)
+	}
+}
+
+// sweep throws out what has aged, once a second at most. The caller holds mu.
+func (t *table) sweep(now uint32, shares func(port int) *learned) {
+	if t.swept == now {
+		return
+	}
+	t.swept = now
+	t.purge(shares, func(_ uint64, val uint64) bool { return t.aged(uint32(val), now) })
+}
+
+// purge throws out the entries that match. The caller holds mu.
+func (t *table) purge(shares func(port int) *learned, match func(key, val uint64) bool) {
+	for i := range t.buckets {
+		b := &t.buckets[i]
+		for w := range b.keys {
+			if k, v := b.keys[w].Load(), b.vals[w].Load(); k != noKey && match(k, v) {
+				t.drop(v, shares)
+				b.set(w, noKey, 0)
+			}
+		}
+	}
+}
+
+// forget throws out the entries that match.
+func (t *table) forget(shares func(port int) *learned, match func(key, val uint64) bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.purge(shares, match)
+}
+
+// each calls f for what is known at the moment.
+func (t *table) each(now uint32, f func(vid uint16, mac uint64, port int, age uint32)) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for i := range t.buckets {
+		b := &t.buckets[i]
+		for w := range b.keys {
+			k, v := b.keys[w].Load(), b.vals[w].Load()
+			if k != noKey && !t.aged(uint32(v), now) {
+				f(uint16(k>>48), k&(1<<48-1), int(v>>32), uint32(max(int32(now-uint32(v)), 0)))
+			}
+		}
+	}
+}
