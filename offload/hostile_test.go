@@ -150,6 +150,9 @@ func checkFrames(t *testing.T, s *Segmenter, hdr virtio.NetHdr, frame []byte, ta
 	if len(got) > MaxSegments {
 		t.Fatalf("%d segments", len(got))
 	}
+	if len(got) > 0 {
+		judge(t, hdr, frame, takes, got)
+	}
 	payload := 0
 	for i, g := range got {
 		if !takes.Takes(g.hdr) && !(g.hdr.GSO() == virtio.GSOUDPL4 && takes&(USO4|USO6) != 0) {
