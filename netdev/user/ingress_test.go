@@ -252,41 +252,6 @@ func TestMultiqueueSpreadsFlowsAndKeepsThem(t *testing.T) {
 	}
 }
 
-func FuzzFrames(f *testing.F) {
-	f.Add(uint8(0), uint16(0), uint16(0), udpFrame("10.0.2.15", "10.0.2.3", 1, 53, []byte("\x00\x01\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x01a\x00\x00\x01\x00\x01")))
-	f.Add(uint8(1), uint16(34), uint16(16), synFrame("10.0.2.15", "10.0.2.3", 1, 53))
-	f.Add(uint8(0), uint16(0), uint16(0), synFrame("fd00::15", "fd00::3", 1, 53))
-	f.Add(uint8(0), uint16(0), uint16(0), arpFrame(header.ARPRequest, "10.0.2.15", "10.0.2.2"))
-	f.Add(uint8(0), uint16(0), uint16(0), solicit("fd00::15", "fe80::2"))
-	f.Add(uint8(0), uint16(0), uint16(0), udpFrame("0.0.0.0", "255.255.255.255", 68, 67, discoverBytes()))
-	f.Add(uint8(0), uint16(0), uint16(0), udpFrame("fe80::15", "ff02::1:2", 546, 547, []byte{11, 1, 2, 3}))
-	// Nothing of what a fuzzer finds may leave the process.
-	d := openTest(f, "restrict=on")
-	must(f, d.SetPairs(1))
-	must(f, d.SetOffloads(0))
-	g := &guest{TB: f, dev: d, queues: []*guestQueue{{}}}
-	f.Fuzz(func(t *testing.T, flags uint8, start, offset uint16, frame []byte) {
-		g.sendHdr(virtio.NetHdr{Flags: flags, CsumStart: start, CsumOffset: offset}, frame)
-		d.out.boxes[0].flush()
-	})
-}
-
-func FuzzDHCP(f *testing.F) {
-	f.Add(discoverBytes())
-	f.Add([]byte{11, 1, 2, 3, 0, 1, 0, 0})
-	d := openTest(f, "dnssearch=a.example")
-	must(f, d.SetPairs(1))
-	f.Fuzz(func(t *testing.T, payload []byte) {
-		fr := frame{data: udpFrame("0.0.0.0", "255.255.255.255", 68, 67, payload[:min(len(payload), maxDHCP)])}
-		d.ingress.dhcp4.input(&fr, payload)
-		d.ingress.dhcp6.input(&fr, netip.MustParseAddr("fe80::15"), payload)
-		d.out.boxes[0].flush()
-		if n := d.ingress.dhcp4.count(); n > maxLeases {
-			t.Errorf("%d leases", n)
-		}
-	})
-}
-
 func discoverBytes() []byte {
 	m, err := dhcpv4.NewDiscovery(net.HardwareAddr{2, 0, 0, 0, 0, 1})
 	if err != nil {
