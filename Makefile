@@ -4,6 +4,7 @@
 #   make build    bin/vhostd, one static binary
 #   make test     everything that CI runs
 #   make lint race vm bench    parts of it
+#   make soak                  an hour of guests that come and go over every network: nothing leaks, grows or gets lost; wants root
 #   make bench-peers           vhostd beside DPDK, in turns, into docs/perf; takes an hour, wants root and a quiet machine
 #
 # VHOSTD_REQUIRE=all (or vm,tap,...) turns tests that skip for want of something into failures, as in CI.
@@ -11,11 +12,11 @@
 GO ?= go
 export CGO_ENABLED = 0
 
-# The packages without the virtual machines: these take minutes and are run by themselves, so that they print as they go.
-PACKAGES = $$($(GO) list ./... | grep -v '/test/vm$$')
+# The packages without the virtual machines and the soak test: these take minutes and are run by themselves, so that they print as they go.
+PACKAGES = $$($(GO) list ./... | grep -v -e '/test/vm$$' -e '/test/soak$$')
 stage = @printf '\n== %s  %s\n' "$$(date +%T)"
 
-.PHONY: all build demo test lint cross unit vm vm-packed race bench bench-once soak-order setup clean
+.PHONY: all build demo test lint cross unit vm vm-packed race bench bench-once soak soak-short soak-order setup clean
 
 all: build
 
@@ -30,7 +31,7 @@ demo:
 setup:
 	@scripts/setup.sh test
 
-test: setup lint cross unit race bench-once vm
+test: setup lint cross unit race bench-once soak-short vm
 	$(stage) "all passed"
 
 lint:
@@ -60,6 +61,16 @@ bench-once:
 
 bench:
 	$(GO) test -timeout 30m -run '^$$' -bench . -benchmem $(PACKAGES)
+
+soak:
+	$(stage) "guests come and go for $(SOAK)"
+	$(GO) test -count=1 -v -timeout 0 ./test/soak -soak $(SOAK)
+
+SOAK ?= 1h
+
+soak-short:
+	$(stage) "guests come and go for 100 s"
+	$(GO) test -count=1 -timeout 6m ./test/soak -soak 100s
 
 # Not in CI, which runs the same test with fewer frames.
 soak-order:

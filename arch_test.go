@@ -33,6 +33,7 @@ var layers = map[string][]string{
 	"netdev":             {"zerocopy", "offload", "virtio"},
 	"internal/netopt":    {},
 	"internal/config":    {},
+	"internal/logsink":   {},
 	"netdev/*":           {"netdev", "zerocopy", "offload", "virtio", "internal/netopt", "internal/sys", "internal/sys/uring", "internal/sys/xsk", "internal/shm"},
 	"vhostuser":          {"internal/sys"},
 	"backend":            {"vhostuser", "vring", "zerocopy", "netdev", "netdev/soft", "guestmem", "virtio", "offload", "internal/sys", "internal/shm"},

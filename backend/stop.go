@@ -125,6 +125,9 @@ func (q *queue) finish() error {
 	if err != nil && q.window != nil {
 		q.window.Abandon()
 	}
+	if q.posted != nil {
+		q.posted.Close()
+	}
 	q.unsent, q.fault = nil, nil
 	q.fold()
 	q.keepBase()

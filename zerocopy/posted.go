@@ -434,16 +434,21 @@ func (p *Posted) logWrite(n int) {
 	}
 }
 
-// GiveBack returns the chains that are held to the ring, as if they had never been popped, and drops what waits for room. It comes before
-// the queue stops or its memory changes.
+// GiveBack returns the chains that are held to the ring, as if they had never been popped. It comes before the queue stops or its memory changes; what
+// waits for room waits on, in private memory.
 func (p *Posted) GiveBack() {
 	if p.lent > 0 {
 		p.refuseLent()
 	}
 	p.ring.Unpop(p.held())
-	p.Stats.TooBig += uint64(len(p.pending))
 	p.first, p.last, p.flattened, p.room = 0, 0, 0, 0
-	p.flat, p.flatStart, p.pending = p.flat[:0], 0, p.pending[:0]
+	p.flat, p.flatStart = p.flat[:0], 0
+}
+
+// Close drops what waits for room, for a queue that has stopped.
+func (p *Posted) Close() {
+	p.Stats.TooBig += uint64(len(p.pending))
+	p.pending = p.pending[:0]
 }
 
 // scatter writes a stream of bytes over the segments of the chains that are held.

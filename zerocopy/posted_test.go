@@ -207,7 +207,7 @@ func TestPostedSpaceLimits(t *testing.T) {
 	}
 }
 
-// A frame that the guest's driver cannot take as it is is cut; what finds no room waits, and nothing is lost or doubled.
+// A frame that the guest's driver cannot take as it is is cut; what finds no room waits, and nothing is lost or doubled, also when memory changes meanwhile.
 func TestPostedLowers(t *testing.T) {
 	g := newPosts(t, 8)
 	p := NewPosted(g.ring, features) // accepts no offload
@@ -230,6 +230,7 @@ func TestPostedLowers(t *testing.T) {
 			t.Fatalf("segment %d: %v, header %+v, %d bytes", i, ok, h, len(b))
 		}
 		got = append(got, b[54:]...)
+		p.GiveBack()
 		g.add(2000)
 		if done := p.Flush(); done != (i >= 2) {
 			t.Errorf("segment %d: flushed %v", i, done)
@@ -238,8 +239,16 @@ func TestPostedLowers(t *testing.T) {
 	if !bytes.Equal(got, data[54:]) {
 		t.Error("the segments do not make up the frame")
 	}
-	if r := p.Write(virtio.NetHdr{}, [][]byte{frame(60, 1)}); r != Written {
-		t.Error(r)
+	if r := p.Write(virtio.NetHdr{}, [][]byte{frame(60, 1)}); r != Written || p.Stats.TooBig != 0 {
+		t.Error(r, p.Stats)
+	}
+	// A queue that stops counts what still waits.
+	g.add(2000)
+	if r := p.Write(hdr, [][]byte{data}); r != Written {
+		t.Fatalf("result %v", r)
+	}
+	if p.Close(); p.Stats.TooBig != 3 || !p.Flush() {
+		t.Errorf("%d segments dropped, want 3", p.Stats.TooBig)
 	}
 }
 

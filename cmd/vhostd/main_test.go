@@ -223,6 +223,10 @@ func TestUsage(t *testing.T) {
 		"run --socket-path s --log-level loud":                                            "debug, info, warn or error",
 		"run --socket-path s --pprof":                                                     "--pprof needs --metrics",
 		"stats":                                                                           "--socket-path",
+		"serve":                                                                           "--config is needed",
+		"check":                                                                           "--config is needed",
+		"reload":                                                                          "--config (of vhostd serve)",
+		"reload --socket-path s":                                                          "unknown flag: --socket-path",
 		"stats --socket-path s --interval 1us":                                            "--interval",
 		"bench":                                                                           "--socket-path is needed",
 		"bench --socket-path s --ring round":                                              `--ring "round": want split or packed`,
@@ -332,7 +336,8 @@ func TestMan(t *testing.T) {
 	if got := command(t, "man", "--dir", dir); got.code != 0 {
 		t.Fatalf("%+v", got)
 	}
-	for page, want := range map[string]string{"vhostd.1": ".TH", "vhostd-run.1": "socket-path", "vhostd-stats.1": "watch", "vhostd-doctor.1": "json", "vhostd-bench.1": "processor"} {
+	for page, want := range map[string]string{"vhostd.1": ".TH", "vhostd-run.1": "socket-path", "vhostd-stats.1": "watch", "vhostd-doctor.1": "json", "vhostd-bench.1": "processor",
+		"vhostd-serve.1": "SIGHUP", "vhostd-reload.1": "dry-run", "vhostd-check.1": "config"} {
 		if b, err := os.ReadFile(filepath.Join(dir, page)); err != nil || !bytes.Contains(b, []byte(want)) {
 			t.Errorf("%s: %v, want %q in it", page, err, want)
 		}

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/vhostd/vhostd/internal/control"
+	"github.com/vhostd/vhostd/internal/logsink"
 	"github.com/vhostd/vhostd/vhostuser"
 )
 
@@ -63,16 +64,14 @@ func printCapabilities(w io.Writer) error {
 	}{"net"})
 }
 
+// newLog makes the daemon's log, which never holds up who logs. What ends the daemon flushes it.
 func newLog(format string, level slog.Leveler, w io.Writer) *slog.Logger {
-	opts := &slog.HandlerOptions{Level: level}
-	if format == "json" {
-		return slog.New(slog.NewJSONHandler(w, opts))
-	}
-	return slog.New(slog.NewTextHandler(w, opts))
+	return logsink.New(w, format == "json", level)
 }
 
 // serve puts the parts together and runs them until a signal.
 func serve(s settings, stdout io.Writer, log *slog.Logger) (err error) {
+	defer logsink.Flush(log)
 	signal.Ignore(syscall.SIGPIPE) // a reader of the log that goes away must not take the guest's network with it
 	ends := []os.Signal{syscall.SIGTERM, syscall.SIGINT}
 	if !signal.Ignored(syscall.SIGHUP) { // else somebody started us with nohup
@@ -162,6 +161,7 @@ func untilSignal(log *slog.Logger, ends ...os.Signal) (context.Context, context.
 		cancel()
 		sig := <-got
 		log.Warn("ending at once", "signal", sig.String())
+		logsink.Flush(log)
 		os.Exit(exitFailure)
 	}()
 	return ctx, cancel

@@ -16,6 +16,7 @@ import (
 
 	"github.com/vhostd/vhostd/internal/config"
 	"github.com/vhostd/vhostd/internal/control"
+	"github.com/vhostd/vhostd/internal/logsink"
 )
 
 // configUsage is the option that three commands have.
@@ -83,6 +84,7 @@ func serveMany(path string, stderr io.Writer) error {
 	}
 	level := new(slog.LevelVar)
 	log := newLog(u.Log.Format, level, stderr)
+	defer logsink.Flush(log)
 	ctx, cancel := untilSignal(log, syscall.SIGTERM, syscall.SIGINT)
 	defer cancel()
 	again := make(chan os.Signal, 1) // a second one while a reload waits asks for nothing more
