@@ -68,13 +68,14 @@ func FuzzPackedPop(f *testing.F) {
 
 // What the low three bits of a step of the script say.
 const (
-	opPop         = iota + 1 // and 0
-	opPut                    // of the chains that are out, which one is in the bits above
-	opPublish                // and ask whether to call
-	opEnableKick             //
-	opDisableKick            //
-	opUnpop                  // as many as the bits above say
-	opPoke                   // write two bytes somewhere, as the next four bytes say; with bit 3 make one more chain available
+	opPopRun      = iota // up to as many as the bits above say
+	opPop                //
+	opPut                // of the chains that are out, which one is in the bits above
+	opPublish            // and ask whether to call
+	opEnableKick         //
+	opDisableKick        //
+	opUnpop              // as many as the bits above say
+	opPoke               // write two bytes somewhere, as the next four bytes say; with bit 3 make one more chain available
 )
 
 // player is a device end over memory that the fuzzer made, with what the reference knows of it.
@@ -122,6 +123,8 @@ func (p *player) play(script []byte) {
 		op := script[0]
 		script = script[1:]
 		switch op & 7 {
+		case opPopRun:
+			p.doPopRun(int(op >> 3))
 		case opPut:
 			p.doPut(int(op >> 3))
 		case opPublish:
@@ -139,6 +142,26 @@ func (p *player) play(script []byte) {
 			p.doPop()
 		}
 		p.unchanged()
+	}
+}
+
+// doPopRun pops a run, gives it back, and pops it one by one: the chains must be the same.
+func (p *player) doPopRun(most int) {
+	run := make([]Chain, most)
+	for i := range run {
+		run[i].Segs = make([]Seg, 0, 1)
+	}
+	n := p.dev.PopRun(run)
+	p.dev.Unpop(n)
+	for _, c := range run[:n] {
+		p.doPop()
+		got := p.chains[len(p.chains)-1]
+		if diff := cmp.Diff(shapeOf(&got), shapeOf(&c)); diff != "" || c.Descs != got.Descs {
+			p.Fatalf("a chain of a run of %d is another when it is popped by itself: %d and %d descriptors\n%s", n, got.Descs, c.Descs, diff)
+		}
+	}
+	if n == 0 {
+		p.doPop()
 	}
 }
 

@@ -9,10 +9,11 @@ import (
 // publishPacked is Publish of what was Put, in Device.used from published to usedNext. The words of all but the first used descriptor are
 // stored first, then the first's. State changes only when all memory was written, so that a fault on the way leaves the chains the device's.
 func (d *Device) publishPacked() {
-	p, at := d.packed, d.packed.used
+	p := d.packed
+	ring, counts, at := p.ring, p.counts, p.used
 	var first uint64
 	for i := d.published; i != d.usedNext; i++ {
-		e := d.used[i&d.mask]
+		e := &d.used[i&d.mask]
 		flags := at.used()
 		if e.Len > 0 {
 			flags |= virtio.DescWrite
@@ -21,38 +22,48 @@ func (d *Device) publishPacked() {
 		if i == d.published {
 			first = w
 		} else {
-			p.ring[at.slot].word = w
+			ring[at.slot].word = w
 		}
-		n := p.counts[e.ID]
+		n := counts[e.ID]
 		if n == 0 {
 			panic("bug: a chain was put that the device does not have")
 		}
 		at.advance(uint32(n), p.size)
 	}
-	atomic.StoreUint64(&p.ring[p.used.slot].word, first)
+	atomic.StoreUint64(&ring[p.used.slot].word, first)
+	if d.logUsed {
+		d.logPacked()
+	}
 	d.releasePacked()
+	p.used = at
 }
 
-// releasePacked forgets the chains that were published, and tells the dirty log of them.
+// releasePacked forgets the chains that were published.
 func (d *Device) releasePacked() {
 	p := d.packed
-	total := d.unknown
-	for ; d.published != d.usedNext; d.published++ {
-		id := d.used[d.published&d.mask].ID
-		n := uint32(p.counts[id])
+	counts, total := p.counts, uint32(0)
+	for i := d.published; i != d.usedNext; i++ {
+		id := d.used[i&d.mask].ID
+		n := uint32(counts[id])
 		if n == 0 {
 			panic("bug: a chain was put twice")
 		}
-		if d.logUsed {
-			d.view.Dirty(slotAddr(d.descLogAddr, p.used.slot), virtio.DescSize)
-		}
-		p.counts[id] = 0
-		p.out -= n
-		p.used.advance(n, p.size)
+		counts[id] = 0
 		total += n
 	}
-	d.owed += total
+	d.published = d.usedNext
+	p.out -= total
+	d.owed += total + d.unknown
 	d.unknown = 0
+}
+
+// logPacked tells the dirty log of the used descriptors that were written.
+func (d *Device) logPacked() {
+	at := d.packed.used
+	for i := d.published; i != d.usedNext; i++ {
+		d.view.Dirty(slotAddr(d.descLogAddr, at.slot), virtio.DescSize)
+		at.advance(uint32(d.packed.counts[d.used[i&d.mask].ID]), d.packed.size)
+	}
 }
 
 // needsCallPacked is NeedsCall after n descriptors.

@@ -47,7 +47,15 @@ func (p *Posted) popAhead() bool {
 	if !p.pop() {
 		return false
 	}
-	for n := min(p.ring.Ahead(), lookAhead-1); n > 0 && p.popGood(); n-- {
+	n := p.ring.PopRun(p.chains[p.last:min(p.last+lookAhead-1, uint64(len(p.chains)))]) // pop began anew: what is held lies at the start
+	for ; n > 0; n-- {
+		c := &p.chains[p.last]
+		if c.Readable != 0 || int(c.WriteLen) <= p.hdrLen {
+			p.ring.Unpop(n) // its turn comes when nothing is held
+			break
+		}
+		p.last++
+		p.room += int(c.WriteLen)
 	}
 	for i := p.first; i != p.last; i++ {
 		p.chains[i&p.mask].Prefetch(min(p.typical, maxPrefetch))

@@ -11,3 +11,13 @@ func PrefetchWrite(b []byte) {
 
 //go:noescape
 func prefetchWrite(p *byte, n int)
+
+// PrefetchRead asks for the cache lines of b's memory, for reading.
+func PrefetchRead(b []byte) {
+	if len(b) > 0 {
+		prefetchRead(&b[0], len(b))
+	}
+}
+
+//go:noescape
+func prefetchRead(p *byte, n int)

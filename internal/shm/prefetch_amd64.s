@@ -12,3 +12,16 @@ next:
 	CMPQ	BX, CX
 	JB	next
 	RET
+
+// func prefetchRead(p *byte, n int)
+TEXT ·prefetchRead(SB), NOSPLIT, $0-16
+	MOVQ	p+0(FP), BX
+	MOVQ	n+8(FP), CX
+	ADDQ	BX, CX
+	ANDQ	$~63, BX
+next:
+	PREFETCHT0	(BX)
+	ADDQ	$64, BX
+	CMPQ	BX, CX
+	JB	next
+	RET
