@@ -147,8 +147,10 @@ func (p *Posted) Write(hdr virtio.NetHdr, frags [][]byte) WriteResult {
 		}
 		first, last = hdr.Words()
 	}
-	if len(frags) == 1 && p.writeNext(first, last&^numBuffers, frags[0]) {
-		return Written
+	if len(frags) == 1 {
+		if last &^= numBuffers; p.writeNext(first, last, frags[0]) || p.mergeNext(first, last, frags[0]) {
+			return Written
+		}
 	}
 	r := p.write(&hdr, frags)
 	if r == TooBig && hdr.GSOType != virtio.GSONone {

@@ -47,21 +47,78 @@ func (p *Posted) popAhead() bool {
 	if !p.pop() {
 		return false
 	}
-	n := p.ring.PopRun(p.chains[p.last:min(p.last+lookAhead-1, uint64(len(p.chains)))]) // pop began anew: what is held lies at the start
-	for ; n > 0; n-- {
-		c := &p.chains[p.last]
+	p.front().Prefetch(min(p.typical, maxPrefetch))
+	p.popRun()
+	p.ring.PrefetchUsed(p.held())
+	return true
+}
+
+// popRun holds a run of chains more, and asks for their memory. It returns how many there were.
+func (p *Posted) popRun() (n int) {
+	at := int(p.last & p.mask)
+	room := min(lookAhead-1, len(p.chains)-at, len(p.chains)-p.held())
+	run := p.chains[at : at+room]
+	run = run[:p.ring.PopRun(run)]
+	for i := range run {
+		c := &run[i]
 		if c.Readable != 0 || int(c.WriteLen) <= p.hdrLen {
-			p.ring.Unpop(n) // its turn comes when nothing is held
-			break
+			p.ring.Unpop(len(run) - i) // its turn comes when nothing is held
+			return i
 		}
 		p.last++
 		p.room += int(c.WriteLen)
+		c.Prefetch(min(p.typical, maxPrefetch))
 	}
-	for i := p.first; i != p.last; i++ {
-		p.chains[i&p.mask].Prefetch(min(p.typical, maxPrefetch))
+	return len(run)
+}
+
+// mergeNext is write for nearly every frame that is longer than a buffer: it goes over several, each of one segment.
+func (p *Posted) mergeNext(first uint64, last uint32, frame []byte) bool {
+	total := p.hdrLen + len(frame)
+	n := p.spanAhead(total)
+	if n == 0 {
+		return false
 	}
-	p.ring.PrefetchUsed(p.held())
+	p.typical = total
+	dst := p.front().Segs[0].Mem
+	virtio.PutNetHdr(dst[:p.hdrLen], first, last|uint32(n)<<16)
+	written, left := p.hdrLen, frame
+	for dst = dst[written:]; ; dst = p.front().Segs[0].Mem {
+		m := copy(dst, left)
+		left = left[m:]
+		written += m
+		c := p.front()
+		p.ring.View().Dirty(c.Segs[0].Addr, uint64(written))
+		p.ring.Put(c.Head, uint32(written))
+		p.first++
+		p.room -= int(c.WriteLen)
+		if len(left) == 0 {
+			break
+		}
+		written = 0
+	}
+	p.Stats.Frames++
+	p.Stats.Bytes += uint64(len(frame))
 	return true
+}
+
+// spanAhead is the number of chains that total bytes fill, all of one segment; chains that are not held yet are popped. It is 0 when that is not
+// so: too few are there, or of another shape.
+func (p *Posted) spanAhead(total int) (n int) {
+	if !p.mergeable || p.flattened > p.first {
+		return 0
+	}
+	for ; total > 0; n++ {
+		if n == p.held() && (n == maxMerge || p.popRun() == 0) {
+			return 0
+		}
+		c := &p.chains[(p.first+uint64(n))&p.mask]
+		if len(c.Segs) != 1 {
+			return 0
+		}
+		total -= int(c.WriteLen)
+	}
+	return n
 }
 
 // popGood takes the next chain if it is good; a bad one's turn comes when nothing is held.
