@@ -31,14 +31,14 @@ const (
 	partAlign = 4096
 )
 
-// NewGuest makes an empty ring of size descriptors for a driver that negotiated f.
-func NewGuest(t testing.TB, size int, f virtio.Features) *Guest {
+// NewGuest makes an empty ring of size descriptors for a driver that negotiated f. The guest has the regions of extra beside its own memory.
+func NewGuest(t testing.TB, size int, f virtio.Features, extra ...*guestmem.Region) *Guest {
 	t.Helper()
 	region, err := guestmem.NewHeapRegion(ramBase, 0x7f00_0000_0000, ramSize)
 	if err != nil {
 		t.Fatal(err)
 	}
-	table, err := guestmem.NewTable(region)
+	table, err := guestmem.NewTable(append(extra, region)...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,6 +161,7 @@ func (g *Guest) chain() []byte {
 type ledger struct {
 	mu       sync.Mutex
 	released []int
+	exempt   map[int]bool // may be never released
 	outcomes [zerocopy.NumOutcomes]int
 }
 
@@ -171,6 +172,18 @@ func (l *ledger) buffer(hdr virtio.NetHdr, frags ...[]byte) *zerocopy.Buffer {
 	n := len(l.released)
 	l.released = append(l.released, 0)
 	return zerocopy.NewUbufBuffer(zerocopy.Ubuf{Desc: uint32(n), Callback: l.release}, hdr, frags...)
+}
+
+// doomed is buffer for one that Send may be unwound with: nobody knows then whether it is released.
+func (l *ledger) doomed(hdr virtio.NetHdr, frags ...[]byte) *zerocopy.Buffer {
+	b := l.buffer(hdr, frags...)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.exempt == nil {
+		l.exempt = map[int]bool{}
+	}
+	l.exempt[int(b.Ubuf().Desc)] = true
+	return b
 }
 
 func (l *ledger) release(u *zerocopy.Ubuf, o zerocopy.Outcome) {
@@ -185,7 +198,7 @@ func (l *ledger) check(t *testing.T) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for i, n := range l.released {
-		if n != 1 {
+		if n != 1 && !(n == 0 && l.exempt[i]) {
 			t.Errorf("buffer %d of %d was released %d times", i, len(l.released), n)
 		}
 	}

@@ -57,11 +57,13 @@ func Run(t *testing.T, open func(t *testing.T) Harness) {
 		{"SendBackpressure", (*suite).sendBackpressure},
 		{"SendAllocates", (*suite).sendAllocates},
 		{"SendThenClose", (*suite).sendThenClose},
+		{"SendFaults", (*suite).sendFaults},
 		{"RecvLengths", (*suite).recvLengths},
 		{"RecvMerges", (*suite).recvMerges},
 		{"RecvWaitsForFrame", (*suite).recvWaitsForFrame},
 		{"RecvWaitsForGuest", (*suite).recvWaitsForGuest},
 		{"RecvAllocates", (*suite).recvAllocates},
+		{"RecvFaults", (*suite).recvFaults},
 		{"CloseReturnsDescriptors", (*suite).closeReturnsDescriptors},
 	} {
 		t.Run(c.name, func(t *testing.T) {
