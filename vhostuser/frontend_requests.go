@@ -1,11 +1,19 @@
 package vhostuser
 
+import "fmt"
+
 func (f *FrontEnd) getU64(req Request) (uint64, error) {
 	b, err := f.call(req, nil)
 	if err != nil {
 		return 0, err
 	}
 	return native.Uint64(b), nil
+}
+
+// wrong ends the connection after a reply of the right form that makes no sense, as after any other that is wrong.
+func (f *FrontEnd) wrong(req Request, err error) error {
+	f.conn.Close()
+	return &RequestError{req, err}
 }
 
 func (f *FrontEnd) set(req Request, payload []byte, fds ...int) error {
@@ -87,7 +95,11 @@ func (f *FrontEnd) GetVringBase(index uint32) (uint32, error) {
 	if err != nil {
 		return 0, err
 	}
-	return decodeVringState(b).Num, nil
+	state := decodeVringState(b)
+	if state.Index != index {
+		return 0, f.wrong(ReqGetVringBase, fmt.Errorf("%w: base of vring %d, asked for %d", ErrProtocol, state.Index, index))
+	}
+	return state.Num, nil
 }
 
 // SetVringKick passes the kick eventfd of a vring; -1 is none.
@@ -136,7 +148,8 @@ func (f *FrontEnd) GetConfig(offset, size uint32) ([]byte, error) {
 	}
 	got := decodeConfig(b)
 	if got.Offset != offset || uint32(len(got.Data)) != size {
-		return nil, &RequestError{ReqGetConfig, ErrProtocol}
+		return nil, f.wrong(ReqGetConfig, fmt.Errorf("%w: %d configuration bytes from %d on, asked for %d from %d on",
+			ErrProtocol, len(got.Data), got.Offset, size, offset))
 	}
 	return got.Data, nil
 }
@@ -152,5 +165,8 @@ func (f *FrontEnd) SetStatus(status uint8) error {
 // GetStatus asks for the virtio device status byte.
 func (f *FrontEnd) GetStatus() (uint8, error) {
 	v, err := f.getU64(ReqGetStatus)
+	if v > 0xff {
+		return 0, f.wrong(ReqGetStatus, fmt.Errorf("%w: device status %#x, limit %#x", ErrProtocol, v, 0xff))
+	}
 	return uint8(v), err
 }
