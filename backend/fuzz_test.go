@@ -4,7 +4,9 @@ import (
 	"context"
 	"encoding/binary"
 	"net"
+	"os"
 	"runtime"
+	"runtime/debug"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -30,6 +32,7 @@ func FuzzSession(f *testing.F) {
 	for _, s := range sessionSeeds() {
 		f.Add(s)
 	}
+	crashOutput(f)
 	v := startVictim(f)
 	n := startNeighbour(f)
 	var quiet [3]int
@@ -48,6 +51,23 @@ func FuzzSession(f *testing.F) {
 			}
 		}
 	})
+}
+
+// crashOutput has what Go's runtime says of the end of the whole process go to the file that VHOSTD_CRASH names: what a fuzzing process writes
+// to its standard error is lost.
+func crashOutput(f *testing.F) {
+	path := os.Getenv("VHOSTD_CRASH")
+	if path == "" {
+		return
+	}
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		f.Fatal(err)
+	}
+	defer file.Close()
+	if err := debug.SetCrashOutput(file, debug.CrashOptions{}); err != nil {
+		f.Fatal(err)
+	}
 }
 
 // resources are the descriptors, the mappings of guest memory and the goroutines that there are.
