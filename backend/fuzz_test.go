@@ -22,8 +22,8 @@ import (
 	"github.com/vhostd/vhostd/virtio"
 )
 
-// hang is how long nothing ever takes.
-const hang = 10 * time.Second
+// hang is how long nothing ever takes, and half of what a fuzzing process gives a run.
+const hang = 5 * time.Second
 
 // FuzzSession is a front-end and its guest, both hostile: messages whole and mutilated, descriptors of all kinds, rings that are written while
 // they run, memory that goes. A session answers as the protocol has it or ends; when it has ended no descriptor, mapping or
@@ -46,11 +46,19 @@ func FuzzSession(f *testing.F) {
 			quiet = resources(t)
 		}
 		for start := time.Now(); grown(quiet, resources(t)); time.Sleep(time.Millisecond) {
+			runtime.GC() // memory that faulted is unmapped when nothing refers to it any more, which Go's collector finds out
 			if time.Since(start) > hang {
-				t.Fatalf("descriptors, mappings and goroutines: %v are left, there were %v", resources(t), quiet)
+				t.Fatalf("descriptors, mappings and goroutines: %v are left, there were %v: after %q", resources(t), quiet, script)
 			}
 		}
 	})
+}
+
+// hung fails the test and tells where everything stands.
+func hung(t *testing.T, what string) {
+	t.Helper()
+	stacks := make([]byte, 1<<20)
+	t.Fatalf("%s\n%s", what, stacks[:runtime.Stack(stacks, true)])
 }
 
 // crashOutput has what Go's runtime says of the end of the whole process go to the file that VHOSTD_CRASH names: what a fuzzing process writes
@@ -142,7 +150,7 @@ func startVictim(f *testing.F) *victim {
 func (v *victim) idle(t *testing.T) {
 	for start := time.Now(); v.b.Stats().Connected; time.Sleep(100 * time.Microsecond) {
 		if time.Since(start) > hang {
-			t.Fatal("the session does not end")
+			hung(t, "the session is not cleared away")
 		}
 	}
 }
@@ -226,7 +234,7 @@ func (h *hostile) connect() {
 	select {
 	case h.victim.conns <- h.back:
 	case <-time.After(hang):
-		h.Fatal("the last session does not end")
+		hung(h.T, "the last session does not end")
 	}
 	h.done = make(chan struct{})
 	go h.read(h.front, h.done)
@@ -264,7 +272,7 @@ func (h *hostile) hangUp() {
 	select {
 	case <-h.back.Closed():
 	case <-time.After(hang):
-		h.Fatal("the session does not end")
+		hung(h.T, "the session does not end")
 	}
 }
 
@@ -293,7 +301,7 @@ func (h *hostile) settle() {
 	before := h.answers.Load()
 	for start := time.Now(); h.answers.Load() == before; { // again and again: an unfinished message swallows some of it
 		if time.Since(start) > hang {
-			h.Fatal("the session neither answers nor ends")
+			hung(h.T, "the session neither answers nor ends")
 		}
 		h.message(vhostuser.ReqGetFeatures, nil)
 		select {
