@@ -35,6 +35,7 @@ var layers = map[string][]string{
 	"internal/config":    {},
 	"internal/logsink":   {},
 	"netdev/*":           {"netdev", "zerocopy", "offload", "virtio", "internal/netopt", "internal/sys", "internal/sys/uring", "internal/sys/xsk", "internal/shm"},
+	"netdev/l2switch":    {"netdev", "netdev/soft", "zerocopy", "offload", "virtio", "internal/sys", "internal/shm"},
 	"vhostuser":          {"internal/sys"},
 	"backend":            {"vhostuser", "vring", "zerocopy", "netdev", "netdev/soft", "guestmem", "virtio", "offload", "internal/sys", "internal/shm"},
 	"bench":              {"vhostuser", "vring", "guestmem", "virtio", "internal/sys", "internal/shm", "internal/placement"},

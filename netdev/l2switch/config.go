@@ -46,6 +46,7 @@ const (
 	maxMTU       = 65535
 	maxPairs     = 128
 	maxPorts     = 1 << 15
+	maxHold      = time.Minute
 )
 
 func (c Config) withDefaults() (Config, error) {
@@ -77,8 +78,8 @@ func (c Config) check() error {
 		return fmt.Errorf("%d addresses, must be %d to %d", c.MaxAddresses, minAddresses, maxAddresses)
 	case c.Ageing < time.Second:
 		return fmt.Errorf("ageing time %v, must be 1s at least", c.Ageing)
-	case c.Hold < 0 || c.Hold > time.Second:
-		return fmt.Errorf("hold time %v, must be at most 1s", c.Hold)
+	case c.Hold < 0 || c.Hold > maxHold:
+		return fmt.Errorf("hold time %v, must be at most %v", c.Hold, maxHold)
 	case c.Backlog < minBacklog || c.Backlog > maxBacklog:
 		return fmt.Errorf("backlog of %d frames, must be %d to %d", c.Backlog, minBacklog, maxBacklog)
 	case c.BacklogBytes < virtio.MaxFrame:

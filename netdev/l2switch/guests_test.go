@@ -136,7 +136,7 @@ func TestTrafficKeepsOrder(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			vhosttest.NoLeaks(t)
-			s := newSwitch(t, l2switch.Config{Hold: time.Second})
+			s := newSwitch(t, l2switch.Config{Hold: time.Minute})
 			a := start(t, s, l2switch.PortConfig{Name: "a"}, c.o)
 			b := start(t, s, l2switch.PortConfig{Name: "b"}, vhosttest.Options{})
 			a.meet(t, 1, b)

@@ -61,6 +61,7 @@ const (
 //	             ^ tail          ^ head
 type lane struct {
 	sw    *Switch
+	index int
 	push  sync.Mutex
 	slots []slot // nil until it is needed
 	head  atomic.Uint64
@@ -87,8 +88,8 @@ type lane struct {
 	ready *sys.EventFD  // readable when frames came while it waited for them
 }
 
-func (l *lane) init(sw *Switch) (err error) {
-	l.sw, l.drainer = sw, drainer{l}
+func (l *lane) init(sw *Switch, index int) (err error) {
+	l.index, l.sw, l.drainer = index, sw, drainer{l}
 	if l.ready, err = sys.NewEventFD(); err != nil {
 		return fmt.Errorf("receiveq: %w", err)
 	}
@@ -191,18 +192,23 @@ func (l *lane) count(r zerocopy.WriteResult, n int) {
 // pop frees the slot at tail. take is held.
 func (l *lane) pop(s *slot, tail uint64, o zerocopy.Outcome) {
 	b := s.buf
-	if b == nil {
+	freeMemory(s.data)
+	l.leave(s, tail)
+	if b != nil {
+		b.Release(o)
+	}
+}
+
+// leave takes the frame out of the slot at tail. take is held.
+func (l *lane) leave(s *slot, tail uint64) {
+	if s.buf == nil {
 		l.copied.Add(-int64(len(s.data)))
 	} else {
 		l.held.Add(-1)
 	}
 	l.share(s.from).Add(-1)
-	freeMemory(s.data)
 	s.buf, s.from, s.data = nil, nil, nil
 	l.tail.Store(tail + 1)
-	if b != nil {
-		b.Release(o)
-	}
 }
 
 // unwound drops the frame at tail, if its pages are a sender's: it may be these that have faulted, and would again.

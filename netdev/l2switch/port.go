@@ -20,6 +20,7 @@ type Port struct {
 	learned learned
 	flooded atomic.Uint64
 	drops   [NumReasons]atomic.Uint64
+	up      *uplink // nil: a guest's
 	ended   sync.Once
 	freed   sync.Once
 }
@@ -31,7 +32,7 @@ func newPort(s *Switch, index int, c PortConfig, r *rules) (*Port, error) {
 	for i := range p.queues {
 		q := &p.queues[i]
 		q.port, q.index = p, i
-		if err := q.lane.init(s); err != nil {
+		if err := q.lane.init(s, i); err != nil {
 			p.free()
 			return nil, fmt.Errorf("port %q: %w", c.Name, err)
 		}
@@ -56,6 +57,10 @@ func (p *Port) end() (err error) {
 		for i := range p.queues {
 			p.queues[i].lane.shut.Store(true)
 			p.drop(DropNoReceiver, p.queues[i].lane.discard())
+		}
+		if p.up != nil {
+			err = p.up.close()
+			p.free()
 		}
 	})
 	return err

@@ -115,6 +115,11 @@ func (q *queue) Orphan() {
 		for i := range p.queues {
 			p.queues[i].lane.orphanOf(q, ^uint64(0))
 		}
+		if p.up != nil {
+			for _, l := range p.up.lines {
+				l.orphan()
+			}
+		}
 	}
 }
 

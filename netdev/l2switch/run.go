@@ -34,6 +34,10 @@ func (q *queue) pass(to *Port, frames []frame, bufs []*zerocopy.Buffer, now time
 	switch l := w.lane; {
 	case l.shut.Load():
 		w.state = netdev.DoorShut
+	case to.up != nil:
+		to.up.deliver(w)
+		w.checkShut()
+		return
 	default:
 		w.state = l.try(w)
 	}
@@ -49,12 +53,21 @@ func (q *queue) pass(to *Port, frames []frame, bufs []*zerocopy.Buffer, now time
 		from := w.done
 		w.wait()
 		w.releaseLost(from)
-		if w.lane.shut.Load() { // its guest has left meanwhile
-			to.drop(DropNoReceiver, w.lane.discard())
+		if w.checkShut() {
 			return
 		}
+		to.sw.sweep.arm()
 		q.rouse(w.lane, w.state)
 	}
+}
+
+// checkShut drops what was put into the lane of a receiver that has left meanwhile.
+func (w *run) checkShut() bool {
+	shut := w.lane.shut.Load()
+	if shut {
+		w.to.drop(DropNoReceiver, w.lane.discard())
+	}
+	return shut
 }
 
 // try has d deliver into the guest's buffers, if there is a way and nobody is in it.

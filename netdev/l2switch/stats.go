@@ -46,6 +46,7 @@ func (r Reason) String() string { return reasonNames[r] }
 // PortStats is a snapshot of a port.
 type PortStats struct {
 	Name       string            `json:"name"`
+	Uplink     bool              `json:"uplink,omitempty"`
 	Connected  bool              `json:"connected"` // somebody is there to receive
 	FromGuest  Traffic           `json:"from_guest"`
 	ToGuest    Traffic           `json:"to_guest"`
@@ -114,7 +115,7 @@ func (s *Switch) Stats() Stats {
 
 func (p *Port) stats() PortStats {
 	st := PortStats{
-		Name: p.name, Addresses: int(p.learned.count.Load()), NotLearned: p.learned.refused.Load(),
+		Name: p.name, Uplink: p.up != nil, Addresses: int(p.learned.count.Load()), NotLearned: p.learned.refused.Load(),
 		Flooded: p.flooded.Load(), Drops: map[string]uint64{},
 	}
 	for i := range p.queues {

@@ -72,6 +72,9 @@ func (s *sweeper) lanes() (more bool) {
 		if p == nil {
 			continue
 		}
+		if p.up != nil && p.up.sweep() {
+			more = true
+		}
 		for i := range p.queues {
 			l := &p.queues[i].lane
 			if l.empty() {

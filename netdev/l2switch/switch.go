@@ -64,15 +64,18 @@ var errClosed = errors.New("the switch is closed")
 
 // AddPort makes a port for a guest. The Device is the caller's to close, before or after RemovePort; closing it removes the port.
 func (s *Switch) AddPort(c PortConfig) (netdev.Device, error) {
-	p, err := s.add(c)
+	p, err := s.add(c, nil)
 	if err != nil {
 		return nil, err
 	}
 	return &device{p}, nil
 }
 
-// add makes a port.
-func (s *Switch) add(c PortConfig) (*Port, error) {
+// add makes a port, of a guest's if up is nil.
+func (s *Switch) add(c PortConfig, up *uplink) (*Port, error) {
+	if up != nil && c.MaxAddresses == 0 {
+		c.MaxAddresses = s.cfg.MaxAddresses
+	}
 	c, err := c.withDefaults(s.cfg)
 	if err != nil {
 		return nil, err
@@ -105,10 +108,22 @@ func (s *Switch) add(c PortConfig) (*Port, error) {
 	if i == len(next.ports) {
 		next.ports = append(next.ports, nil)
 	}
-	next.ports[i] = p
+	if up != nil {
+		if err := up.open(p); err != nil {
+			p.free()
+			return nil, fmt.Errorf("port %q: %w", c.Name, err)
+		}
+	}
+	next.ports[i], p.up = p, up
 	if err := s.publish(next); err != nil {
+		if up != nil {
+			up.free()
+		}
 		p.free()
 		return nil, err
+	}
+	if up != nil {
+		up.start()
 	}
 	return p, nil
 }
@@ -159,6 +174,12 @@ func (s *Switch) Update(c PortConfig) error {
 	if c.Pairs == 0 {
 		c.Pairs = len(p.queues)
 	}
+	if p.up != nil && c.MaxAddresses == 0 {
+		c.MaxAddresses = s.cfg.MaxAddresses
+	}
+	if p.up != nil && c.MTU == 0 {
+		c.MTU = p.up.dev.Capabilities().MTU
+	}
 	c, err := c.withDefaults(s.cfg)
 	if err != nil {
 		return err
@@ -167,7 +188,7 @@ func (s *Switch) Update(c PortConfig) error {
 	switch {
 	case c.Pairs != len(p.queues):
 		return fmt.Errorf("port %q: %d queue pairs, was made with %d", c.Name, c.Pairs, len(p.queues))
-	case c.MTU != before.cfg.MTU:
+	case c.MTU != before.cfg.MTU && p.up == nil:
 		return fmt.Errorf("port %q: MTU %d, the guest was told %d", c.Name, c.MTU, before.cfg.MTU)
 	}
 	r, err := newRules(c, before)
