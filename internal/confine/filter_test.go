@@ -1,0 +1,182 @@
+package confine
+
+import (
+	"encoding/binary"
+	"os"
+	"runtime"
+	"slices"
+	"testing"
+
+	seccomp "github.com/elastic/go-seccomp-bpf"
+	"github.com/elastic/go-seccomp-bpf/arch"
+	"golang.org/x/net/bpf"
+	"golang.org/x/sys/unix"
+)
+
+// vm runs the filter of n as the kernel would.
+func vm(t *testing.T, n Needs) func(nr int, audit uint32, args ...uint64) seccomp.Action {
+	t.Helper()
+	table, err := arch.GetInfo("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := n.policy(table.SyscallNames)
+	program, err := p.Assemble()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The kernel has actions that this machine takes for lengths: a table keeps them apart.
+	var actions []seccomp.Action
+	for i, in := range program {
+		if ret, ok := in.(bpf.RetConstant); ok {
+			actions = append(actions, seccomp.Action(ret.Val))
+			program[i] = bpf.RetConstant{Val: uint32(len(actions))}
+		}
+	}
+	machine, err := bpf.NewVM(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func(nr int, audit uint32, args ...uint64) seccomp.Action {
+		b := make([]byte, 256) // longer than struct seccomp_data: a result is a length, bounded by it
+		binary.BigEndian.PutUint32(b, uint32(nr))
+		binary.BigEndian.PutUint32(b[4:], audit)
+		for i, a := range args {
+			binary.BigEndian.PutUint32(b[16+8*i:], uint32(a)) // the machine is big-endian, the kernel's words are not
+			binary.BigEndian.PutUint32(b[20+8*i:], uint32(a>>32))
+		}
+		at, err := machine.Run(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return actions[at-1]
+	}
+}
+
+// TestFilter runs the program for every system call that there is, with arguments that matter and others, for several needs, and compares it
+// with what the lists say.
+func TestFilter(t *testing.T) {
+	table, err := arch.GetInfo("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []Needs{
+		{}, {Use: Inet}, {Use: Unix}, {Use: Packet}, {Use: XDP}, {Use: Ring}, {Use: Metrics | Profile}, {Use: Open}, {Use: ^Use(0)},
+		{Read: []string{"/"}}, {Remove: []string{"/"}}, {Make: []string{"/"}},
+	} {
+		run := vm(t, n)
+		for name, nr := range table.SyscallNames {
+			for _, arg := range argumentsOfInterest() {
+				args := []uint64{arg, arg, arg}
+				if got, want := run(nr, uint32(table.ID), args...), n.expected(name, args); got != want {
+					t.Errorf("%+v: %s(%#x): %#x, want %#x", n, name, arg, got, want)
+				}
+			}
+		}
+	}
+}
+
+// argumentsOfInterest are all values that a group names, and some that none does.
+func argumentsOfInterest() []uint64 {
+	all := []uint64{0, 1, 7, 1 << 16, 1 << 32, 1<<32 | unix.AF_INET, ^uint64(0) >> 1, uint64(os.Getpid()), 0x50f00, unix.TIOCSTI, unix.F_SETOWN}
+	for _, g := range groups {
+		for _, c := range g.when {
+			for _, v := range c.values {
+				if v != ownProcess && !slices.Contains(all, v) {
+					all = append(all, v)
+				}
+			}
+		}
+	}
+	return all
+}
+
+// expected is what the lists say.
+func (n Needs) expected(name string, args []uint64) seccomp.Action {
+	conditional := false
+	for _, g := range groups {
+		if !n.has(g) {
+			continue
+		}
+		if slices.Contains(g.calls, name) {
+			return seccomp.ActionAllow
+		}
+		for _, c := range g.when {
+			if c.name != name {
+				continue
+			}
+			conditional = true
+			a := args[c.arg]
+			if slices.Contains(c.values, a) || slices.Contains(c.values, ownProcess) && a == uint64(os.Getpid()) ||
+				c.bits != 0 && !c.clear && a&c.bits != 0 || c.bits != 0 && c.clear && a&c.bits == 0 {
+				return seccomp.ActionAllow
+			}
+		}
+	}
+	paths := len(n.Read)+len(n.Make) > 0 || n.Use&Metrics != 0
+	switch {
+	case paths && slices.Contains(openCalls, name), len(n.Remove)+len(n.Make) > 0 && slices.Contains(removeCalls, name):
+		return seccomp.ActionAllow
+	case name == "clone3":
+		return actionENOSYS
+	case slices.Contains(deadly, name) && !conditional:
+		return seccomp.ActionKillProcess
+	}
+	return seccomp.ActionErrno | seccomp.Action(unix.EPERM)
+}
+
+// TestFilterOfOtherTables: the numbers of i386 and x32 mean other calls, and none is allowed.
+func TestFilterOfOtherTables(t *testing.T) {
+	if runtime.GOARCH != "amd64" {
+		t.Skip("skipped: these tables are amd64's")
+	}
+	run := vm(t, Needs{Use: ^Use(0)})
+	for nr := range 600 {
+		if got := run(nr, uint32(arch.I386.ID)); got == seccomp.ActionAllow {
+			t.Errorf("call %d of i386 is allowed", nr)
+		}
+		if got := run(0x40000000|nr, uint32(arch.X86_64.ID)); got == seccomp.ActionAllow {
+			t.Errorf("call %d of x32 is allowed", nr)
+		}
+	}
+}
+
+// TestListsAreSpelt: a name that no architecture has would never be looked at; one that is deadly is never allowed by itself.
+func TestListsAreSpelt(t *testing.T) {
+	check := func(name string) {
+		if _, ok := arch.X86_64.SyscallNames[name]; ok {
+			return
+		}
+		if _, ok := arch.AARCH64.SyscallNames[name]; !ok {
+			t.Errorf("there is no system call %q", name)
+		}
+	}
+	var allowed []string
+	for _, g := range groups {
+		allowed = append(allowed, g.calls...)
+		for _, c := range g.when {
+			check(c.name)
+		}
+	}
+	for _, name := range slices.Concat(allowed, openCalls, removeCalls, deadly) {
+		check(name)
+	}
+	for _, name := range deadly {
+		if slices.Contains(allowed, name) {
+			t.Errorf("%s is allowed and deadly", name)
+		}
+	}
+}
+
+// TestNeedsCovers: what a process was not confined to allow is named.
+func TestNeedsCovers(t *testing.T) {
+	have := Needs{Use: Inet, Caps: CapNetRaw, Read: []string{"/etc/vhostd"}, Make: []string{"/run/vhostd"}}
+	if lacks := have.Covers(Needs{Use: Inet, Read: []string{"/etc/vhostd/vhostd.toml"}, Remove: []string{"/run/vhostd"}}); len(lacks) != 0 {
+		t.Errorf("lacks %q, want nothing", lacks)
+	}
+	want := []string{"new AF_XDP sockets", "CAP_BPF", "reading /etc/vhostd2", "making sockets in /run", "connecting to /run/a"}
+	got := have.Covers(Needs{Use: XDP | Inet, Caps: CapBPF | CapNetRaw, Read: []string{"/etc/vhostd2"}, Make: []string{"/run"}, Connect: []string{"/run/a"}})
+	if !slices.Equal(got, want) {
+		t.Errorf("lacks %q, want %q", got, want)
+	}
+}
