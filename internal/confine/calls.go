@@ -11,23 +11,23 @@ type group struct {
 	when  []call // calls with certain arguments
 }
 
-// call is a system call of which an argument is looked at: it has to be one of values or, where bits is not 0, to have these bits all
-// set, or all clear.
+// call is a system call of which an argument is looked at: it has to be one of values or, where bits is not 0, to have one of these bits, or none
+// of them.
 type call struct {
 	name   string
 	arg    uint32
-	values []uint64
-	bits   uint64
-	clear  bool // bits have to be clear
+	values []uint32
+	bits   uint32
+	clear  bool // none of bits
 }
 
 // ownProcess stands for the process's own identity, which is known when the filter is made.
-const ownProcess = ^uint64(0)
+const ownProcess = ^uint32(0)
 
 // prSetVMA is PR_SET_VMA: Go's runtime gives its mappings names.
 const prSetVMA = 0x53564d41
 
-// groups is all that is ever allowed. What comes first is found first, where the kernel has no bitmap of it.
+// groups is all that is ever allowed.
 var groups = []group{
 	{what: "moving frames between descriptors, and Go's runtime", calls: []string{
 		"futex", "ppoll", "read", "write", "readv", "writev", "sendmsg", "recvmsg", "sendmmsg", "recvmmsg", "sendto", "recvfrom",
@@ -42,30 +42,30 @@ var groups = []group{
 		"newfstatat", "statx", "fstatfs", "readlinkat",
 	}, when: []call{
 		{name: "clone", arg: 0, bits: unix.CLONE_THREAD},
-		{name: "tgkill", arg: 0, values: []uint64{ownProcess}},
+		{name: "tgkill", arg: 0, values: []uint32{ownProcess}},
 		{name: "mmap", arg: 2, bits: unix.PROT_EXEC, clear: true},
 		{name: "mprotect", arg: 2, bits: unix.PROT_EXEC, clear: true},
-		{name: "prctl", arg: 0, values: []uint64{prSetVMA, unix.PR_GET_SECCOMP, unix.PR_GET_NO_NEW_PRIVS}},
-		{name: "fcntl", arg: 1, values: []uint64{
+		{name: "prctl", arg: 0, values: []uint32{prSetVMA, unix.PR_GET_SECCOMP, unix.PR_GET_NO_NEW_PRIVS}},
+		{name: "fcntl", arg: 1, values: []uint32{
 			unix.F_DUPFD, unix.F_DUPFD_CLOEXEC, unix.F_GETFD, unix.F_SETFD, unix.F_GETFL, unix.F_SETFL, unix.F_GET_SEALS,
 		}},
-		{name: "ioctl", arg: 1, values: []uint64{
+		{name: "ioctl", arg: 1, values: []uint32{
 			unix.TUNSETQUEUE, unix.TUNSETOFFLOAD, unix.TUNGETIFF, unix.TUNGETSNDBUF, unix.TUNGETVNETHDRSZ, unix.TUNGETFEATURES,
 			unix.SIOCGIFINDEX, unix.SIOCGIFNAME, unix.SIOCGIFMTU, unix.SIOCGIFHWADDR, unix.SIOCGIFFLAGS, unix.SIOCOUTQ, unix.SIOCINQ,
 		}},
 	}},
 	{use: Inet, what: "new sockets of TCP, UDP and ICMP", calls: []string{"connect"}, when: []call{
-		{name: "socket", arg: 0, values: []uint64{unix.AF_INET, unix.AF_INET6}},
+		{name: "socket", arg: 0, values: []uint32{unix.AF_INET, unix.AF_INET6}},
 	}},
 	{use: Unix, what: "new connections to UNIX sockets", calls: []string{"connect"}, when: []call{
-		{name: "socket", arg: 0, values: []uint64{unix.AF_UNIX}},
+		{name: "socket", arg: 0, values: []uint32{unix.AF_UNIX}},
 	}},
 	{use: Packet, what: "new packet sockets", calls: []string{"bind"}, when: []call{
-		{name: "socket", arg: 0, values: []uint64{unix.AF_PACKET, unix.AF_NETLINK}},
+		{name: "socket", arg: 0, values: []uint32{unix.AF_PACKET, unix.AF_NETLINK}},
 	}},
 	{use: XDP, what: "new AF_XDP sockets", calls: []string{"bind", "membarrier"}, when: []call{
-		{name: "socket", arg: 0, values: []uint64{unix.AF_XDP}},
-		{name: "bpf", arg: 0, values: []uint64{unix.BPF_MAP_LOOKUP_ELEM, unix.BPF_MAP_UPDATE_ELEM, unix.BPF_MAP_DELETE_ELEM}},
+		{name: "socket", arg: 0, values: []uint32{unix.AF_XDP}},
+		{name: "bpf", arg: 0, values: []uint32{unix.BPF_MAP_LOOKUP_ELEM, unix.BPF_MAP_UPDATE_ELEM, unix.BPF_MAP_DELETE_ELEM}},
 	}},
 	{use: Ring, what: "requests through io_uring", calls: []string{"io_uring_enter", "io_uring_register"}},
 	{use: Metrics, what: "reading about the process", calls: []string{"prlimit64", "sysinfo", "uname"}},
@@ -74,11 +74,11 @@ var groups = []group{
 		"socket", "bind", "listen", "connect", "fchmod", "fchmodat", "fchown", "fchownat", "chmod", "chown", "lchown", "umask", "membarrier",
 		"io_uring_setup", "io_uring_enter", "io_uring_register", "fsync", "rename", "renameat", "renameat2", "uname", "flock",
 	}, when: []call{
-		{name: "ioctl", arg: 1, values: []uint64{
+		{name: "ioctl", arg: 1, values: []uint32{
 			unix.TUNSETIFF, unix.TUNSETPERSIST, unix.TUNSETVNETHDRSZ, unix.TUNSETVNETLE, unix.TUNSETSNDBUF, unix.TUNSETOWNER, unix.TUNSETGROUP,
 			unix.SIOCSIFMTU, unix.SIOCETHTOOL, unix.SIOCSIFFLAGS,
 		}},
-		{name: "bpf", arg: 0, values: []uint64{
+		{name: "bpf", arg: 0, values: []uint32{
 			unix.BPF_MAP_CREATE, unix.BPF_PROG_LOAD, unix.BPF_LINK_CREATE, unix.BPF_BTF_LOAD, unix.BPF_OBJ_GET_INFO_BY_FD,
 		}},
 	}},

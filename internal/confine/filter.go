@@ -6,23 +6,32 @@ import (
 	"runtime"
 	"slices"
 
-	seccomp "github.com/elastic/go-seccomp-bpf"
 	"github.com/elastic/go-seccomp-bpf/arch"
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 )
 
-const actionENOSYS = seccomp.ActionErrno | seccomp.Action(unix.ENOSYS)
+// Verdicts of the filter.
+const (
+	allow  = unix.SECCOMP_RET_ALLOW
+	refuse = unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)
+	absent = unix.SECCOMP_RET_ERRNO | uint32(unix.ENOSYS)
+	kill   = unix.SECCOMP_RET_KILL_PROCESS
+)
 
 // restrictCalls gives all threads the filter of n.
 func restrictCalls(n Needs, r *Report) error {
 	if !seccompSupported() {
-		r.Missing = append(r.Missing, "seccomp filters, or one older than Linux 4.14: system calls are not restricted")
+		r.Missing = append(r.Missing, "seccomp filters, or they are older than Linux 4.14: system calls are not restricted")
 		return nil
 	}
-	code, err := n.filter()
+	table, err := arch.GetInfo(runtime.GOARCH)
 	if err != nil {
 		return err
+	}
+	code, err := bpf.Assemble(n.filter(table))
+	if err != nil {
+		return fmt.Errorf("assembling the filter: %w", err)
 	}
 	if err := loadFilter(code); err != nil {
 		return err
@@ -31,90 +40,132 @@ func restrictCalls(n Needs, r *Report) error {
 	return nil
 }
 
-// filter is the program that the kernel runs before each system call.
-func (n Needs) filter() ([]bpf.RawInstruction, error) {
-	table, err := arch.GetInfo(runtime.GOARCH)
-	if err != nil {
-		return nil, err
-	}
-	policy := n.policy(table.SyscallNames)
-	program, err := policy.Assemble()
-	if err != nil {
-		return nil, fmt.Errorf("assembling the filter: %w", err)
-	}
-	return bpf.Assemble(program)
+// rule is what becomes of a system call.
+type rule struct {
+	nr      uint32
+	verdict uint32 // where when is empty
+	when    []call // it is allowed in these cases, and else refused
 }
 
-// policy is what the filter is made of, in the order in which it looks. exist are the calls of this architecture.
-func (n Needs) policy(exist map[string]int) seccomp.Policy {
-	allow := n.unconditional(exist)
-	p := seccomp.Policy{DefaultAction: seccomp.ActionErrno, Syscalls: []seccomp.SyscallGroup{{Action: seccomp.ActionAllow, Names: allow}}}
-	var some []string
+// rules are those of n, ordered by number. What has none is refused.
+func (n Needs) callRules(table *arch.Info) (rules []rule) {
+	at := map[string]int{}
+	set := func(name string, verdict uint32, when ...call) {
+		nr, ok := table.SyscallNames[name]
+		if !ok {
+			return // this architecture does without
+		}
+		if i, ok := at[name]; ok {
+			if rules[i].when != nil && when != nil {
+				rules[i].when = append(rules[i].when, when...)
+			}
+			return
+		}
+		at[name] = len(rules)
+		rules = append(rules, rule{uint32(nr), verdict, when})
+	}
+	for _, name := range n.unconditional() {
+		set(name, allow)
+	}
 	for _, g := range groups {
 		for _, c := range g.when {
-			if _, ok := exist[c.name]; ok && n.has(g) && !slices.Contains(allow, c.name) {
-				some = append(some, c.name)
-				// A group for each: no jump is longer than a filter's can be.
-				p.Syscalls = append(p.Syscalls, seccomp.SyscallGroup{Action: seccomp.ActionAllow, NamesWithCondtions: c.conditions()})
+			if n.has(g) {
+				set(c.name, allow, c)
 			}
 		}
 	}
-	kill := seccomp.SyscallGroup{Action: seccomp.ActionKillProcess}
 	for _, name := range deadly {
-		if _, ok := exist[name]; ok && !slices.Contains(some, name) {
-			kill.Names = append(kill.Names, name)
-		}
+		set(name, kill)
 	}
-	// The C library, where there is one, asks whether there is clone3 and takes clone.
-	absent := seccomp.SyscallGroup{Names: []string{"clone3"}, Action: actionENOSYS}
-	p.Syscalls = append(p.Syscalls, absent, kill)
-	return p
+	set("clone3", absent) // the C library, where there is one, asks for it and takes clone
+	slices.SortFunc(rules, func(a, b rule) int { return int(a.nr) - int(b.nr) })
+	return rules
 }
 
 func (n Needs) has(g group) bool { return g.use == 0 || g.use&n.Use != 0 }
 
 // unconditional are the calls of n that are allowed whatever their arguments are.
-func (n Needs) unconditional(exist map[string]int) (names []string) {
-	add := func(calls []string) {
-		for _, name := range calls {
-			if _, ok := exist[name]; ok && !slices.Contains(names, name) {
-				names = append(names, name)
-			}
-		}
-	}
+func (n Needs) unconditional() (names []string) {
 	for _, g := range groups {
 		if n.has(g) {
-			add(g.calls)
+			names = append(names, g.calls...)
 		}
 	}
 	if len(n.Read)+len(n.Devices)+len(n.Make) > 0 || n.Use&Metrics != 0 {
-		add(openCalls)
+		names = append(names, openCalls...)
 	}
 	if len(n.Remove)+len(n.Make) > 0 {
-		add(removeCalls)
+		names = append(names, removeCalls...)
 	}
 	return names
 }
 
-// conditions are the ways in which c is allowed, of which one is enough.
-func (c call) conditions() (all []seccomp.NameWithConditions) {
-	one := func(op seccomp.Operation, value uint64) {
-		all = append(all, seccomp.NameWithConditions{
-			Name: c.name, Conditions: seccomp.ArgumentConditions{{Argument: c.arg, Operation: op, Value: value}},
-		})
+// Offsets in struct seccomp_data, whose words have the machine's byte order: little-endian, on both that vhostd is made for.
+const (
+	dataNumber = 0
+	dataArch   = 4
+	dataArgs   = 16
+	x32Numbers = 0x40000000
+)
+
+// filter is the program that the kernel runs before each system call: it finds the number among the rules by halves, and then looks at the
+// argument that the rule names, if it names one.
+func (n Needs) filter(table *arch.Info) []bpf.Instruction {
+	code := []bpf.Instruction{
+		bpf.LoadAbsolute{Off: dataArch, Size: 4},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: uint32(table.ID), SkipTrue: 1},
+		bpf.RetConstant{Val: refuse},
+		bpf.LoadAbsolute{Off: dataNumber, Size: 4},
 	}
-	if c.bits != 0 {
-		op := seccomp.BitsSet
-		if c.clear {
-			op = seccomp.BitsNotSet
+	if table.ID == arch.X86_64.ID {
+		code = append(code, bpf.JumpIf{Cond: bpf.JumpGreaterOrEqual, Val: x32Numbers, SkipFalse: 1}, bpf.RetConstant{Val: absent})
+	}
+	return append(code, search(n.callRules(table))...)
+}
+
+// search is the program that finds the number that is loaded among rules.
+func search(rules []rule) []bpf.Instruction {
+	switch len(rules) {
+	case 0:
+		return []bpf.Instruction{bpf.RetConstant{Val: refuse}}
+	case 1:
+		body := rules[0].body()
+		return slices.Concat(jump(bpf.JumpEqual, rules[0].nr, len(body)), body, search(nil))
+	}
+	half := len(rules) / 2
+	high := search(rules[half:])
+	return slices.Concat(jump(bpf.JumpGreaterOrEqual, rules[half].nr, len(high)), high, search(rules[:half]))
+}
+
+// jump goes on with the next instructions if the condition holds, and else skips n of them. A conditional jump of BPF's reaches 255 at most.
+func jump(cond bpf.JumpTest, value uint32, n int) []bpf.Instruction {
+	return []bpf.Instruction{bpf.JumpIf{Cond: cond, Val: value, SkipTrue: 1}, bpf.Jump{Skip: uint32(n)}}
+}
+
+// body decides on a call whose number is r's.
+func (r rule) body() (code []bpf.Instruction) {
+	if r.when == nil {
+		return []bpf.Instruction{bpf.RetConstant{Val: r.verdict}}
+	}
+	for _, c := range r.when {
+		low := dataArgs + 8*c.arg
+		if c.bits != 0 {
+			pass := bpf.JumpIf{Cond: bpf.JumpBitsSet, Val: c.bits, SkipFalse: 1}
+			if c.clear {
+				pass = bpf.JumpIf{Cond: bpf.JumpBitsSet, Val: c.bits, SkipTrue: 1}
+			}
+			code = append(code, bpf.LoadAbsolute{Off: low, Size: 4}, pass, bpf.RetConstant{Val: allow})
+			continue
 		}
-		one(op, c.bits)
-	}
-	for _, v := range c.values {
-		if v == ownProcess {
-			v = uint64(os.Getpid())
+		code = append(code,
+			bpf.LoadAbsolute{Off: low + 4, Size: 4}, bpf.JumpIf{Cond: bpf.JumpEqual, Val: 0, SkipTrue: 1}, bpf.RetConstant{Val: refuse},
+			bpf.LoadAbsolute{Off: low, Size: 4})
+		for _, v := range c.values {
+			if v == ownProcess {
+				v = uint32(os.Getpid())
+			}
+			code = append(code, bpf.JumpIf{Cond: bpf.JumpEqual, Val: v, SkipFalse: 1}, bpf.RetConstant{Val: allow})
 		}
-		one(seccomp.Equal, v)
 	}
-	return all
+	return append(code, bpf.RetConstant{Val: refuse})
 }
