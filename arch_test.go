@@ -45,6 +45,7 @@ var layers = map[string][]string{
 	"internal/control":   {"internal/sys"},
 	"internal/vhosttest": {"*"},
 	"internal/require":   {},
+	"internal/confine":   {},
 	"netdev/netdevtest":  {"*"},
 	"test/*":             {"*"},
 }

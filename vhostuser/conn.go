@@ -10,15 +10,35 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/internal/sys"
 )
 
 // DefaultTimeout is used for every time limit that is left at zero.
 const DefaultTimeout = 10 * time.Second
 
-// ConnOptions are the time limits of a connection. Zero stands for DefaultTimeout.
+// ConnOptions are the time limits of a connection, for which zero stands for DefaultTimeout, and who may be at its other end.
 type ConnOptions struct {
 	PartialTimeout time.Duration // from the first byte of a message to its last
 	WriteTimeout   time.Duration // to send one message
+
+	// Admit, if not nil, is asked about the peer before anything is read. After an error the connection is closed.
+	Admit func(sys.Peer) error
+}
+
+// admit closes sock unless its peer may be there.
+func (o ConnOptions) admit(sock *net.UnixConn) error {
+	if o.Admit == nil {
+		return nil
+	}
+	peer, err := sys.PeerOf(sock)
+	if err == nil {
+		err = o.Admit(peer)
+	}
+	if err != nil {
+		sock.Close()
+	}
+	return err
 }
 
 func orDefault(d time.Duration) time.Duration {
@@ -67,6 +87,9 @@ func NewConnFD(fd int, opts ConnOptions) (*Conn, error) {
 	if !ok || sock.LocalAddr().Network() != "unix" || sock.RemoteAddr() == nil {
 		c.Close()
 		return nil, fmt.Errorf("file descriptor %d is not a connected UNIX stream socket", fd)
+	}
+	if err := opts.admit(sock); err != nil {
+		return nil, err
 	}
 	return NewConn(sock, opts), nil
 }

@@ -47,7 +47,11 @@ func dial(ctx context.Context, path string, opts ConnOptions) (*Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return NewConn(c.(*net.UnixConn), opts), nil
+	sock := c.(*net.UnixConn)
+	if err := opts.admit(sock); err != nil {
+		return nil, err
+	}
+	return NewConn(sock, opts), nil
 }
 
 // Close ends the connection. It may be called more than once.

@@ -120,6 +120,9 @@ func (l *Listener) run() {
 		switch {
 		case err == nil:
 			delay = 0
+			if l.opts.Conn.admit(sock) != nil {
+				continue // it has no say in who is served, and holds nobody up
+			}
 			l.offer(NewConn(sock, l.opts.Conn))
 		case errors.Is(err, net.ErrClosed):
 			l.fail = net.ErrClosed

@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"io/fs"
 	"log/slog"
 
 	"github.com/vhostd/vhostd/backend"
@@ -13,6 +14,7 @@ type port struct {
 	dev    netdev.Device
 	be     *backend.Backend
 	src    source
+	became bool // vhostd has become another user than made the socket
 	report func() report
 	log    *slog.Logger
 }
@@ -23,7 +25,7 @@ func openPort(s settings, open opener, log *slog.Logger) (*port, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &port{dev: dev, log: log}
+	p := &port{dev: dev, became: s.become != nil, log: log}
 	if err := p.serveDevice(s); err != nil {
 		return nil, errors.Join(err, closeDevice(dev, log))
 	}
@@ -46,7 +48,12 @@ func (p *port) serveDevice(s settings) (err error) {
 
 // close closes what openPort has opened. Nobody is served any more.
 func (p *port) close() error {
-	return errors.Join(p.src.Close(), closeDevice(p.dev, p.log))
+	err := p.src.Close()
+	if p.became && errors.Is(err, fs.ErrPermission) {
+		p.log.Warn("the socket stays behind, in a directory of somebody else's; the next vhostd replaces it", "error", err)
+		err = nil
+	}
+	return errors.Join(err, closeDevice(p.dev, p.log))
 }
 
 // closeDevice closes a device. Frames that the kernel still holds are no failure: their pages are the kernel's to keep until they have left, whether this

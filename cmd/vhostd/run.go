@@ -94,6 +94,9 @@ func serve(s settings, stdout io.Writer, log *slog.Logger) (err error) {
 		return err
 	}
 	defer closeDoors()
+	if err := s.confine(p, log); err != nil {
+		return err
+	}
 	if p.src.hint {
 		printHint(stdout, s, path, p.be)
 	}
@@ -121,7 +124,10 @@ func openDoors(s settings, socket string, stats func() report, log *slog.Logger)
 	if path := s.controlPath(socket); path != "" {
 		c, err := control.Listen(path, map[string]control.Handler{"stats": func(args json.RawMessage) (any, error) {
 			return stats(), control.ParseArgs(args, &struct{}{})
-		}})
+		}}, s.mayControl())
+		if err == nil && s.become != nil {
+			err = os.Lchown(path, s.become.UID, s.become.GID)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("%w (--control chooses another path, --control %s does without)", err, controlNone)
 		}

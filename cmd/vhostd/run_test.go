@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vhostd/vhostd/internal/confine"
 	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/virtio"
 )
@@ -143,7 +144,7 @@ func TestSocketGroupByName(t *testing.T) {
 	if err != nil {
 		t.Skipf("the group of this process has no name: %v", err)
 	}
-	if gid, err := lookupGroup(g.Name); err != nil || gid != os.Getegid() {
+	if gid, err := confine.LookupGroup(g.Name); err != nil || gid != os.Getegid() {
 		t.Errorf("group %s is %d (%v), want %d", g.Name, gid, err, os.Getegid())
 	}
 }

@@ -116,7 +116,7 @@ func serveMany(path string, stderr io.Writer) error {
 func (d *fleet) openDoors(c config.Config) (closeAll func(), err error) {
 	var open doors
 	if c.Control.Socket != config.ControlNone {
-		s, err := control.Listen(c.Control.Socket, map[string]control.Handler{"stats": d.handleStats, "reload": d.handleReload})
+		s, err := control.Listen(c.Control.Socket, map[string]control.Handler{"stats": d.handleStats, "reload": d.handleReload}, nil)
 		if err != nil {
 			return nil, fmt.Errorf("%w ([control] socket chooses another path, %q does without)", err, config.ControlNone)
 		}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"os/user"
 	"strconv"
 	"strings"
 	"time"
@@ -13,6 +12,8 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/vhostd/vhostd/backend"
+	"github.com/vhostd/vhostd/internal/confine"
+	"github.com/vhostd/vhostd/internal/sys"
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/virtio"
 )
@@ -31,7 +32,10 @@ const controlNone = "none"
 // flags of vhostd run, as they were given.
 type flags struct {
 	socketPath, socketGroup string
-	socketMode              string
+	socketMode, socketOwner string
+	allowUID, allowGID      []string
+	user                    string
+	noSandbox               bool
 	client                  bool
 	fd                      int
 	printCapabilities       bool
@@ -54,6 +58,9 @@ func (f *flags) register(fs *pflag.FlagSet) {
 	fs.BoolVar(&f.client, "client", false, "connect to --socket-path, where the VMM listens, instead of listening")
 	fs.StringVar(&f.socketMode, "socket-mode", "", "permissions of the socket, in octal (default 0600, 0660 with --socket-group)")
 	fs.StringVar(&f.socketGroup, "socket-group", "", "`group` of the socket, by name or number")
+	fs.StringVar(&f.socketOwner, "socket-owner", "", "`user` whom the socket belongs to, by name or number (default: who runs vhostd, --user)")
+	fs.StringSliceVar(&f.allowUID, "allow-uid", nil, "serve processes of these `users` alone, by name or number; the control socket also takes root and vhostd's own")
+	fs.StringSliceVar(&f.allowGID, "allow-gid", nil, "serve processes in these `groups`, by name or number, beside those of --allow-uid")
 	fs.BoolVar(&f.printCapabilities, "print-capabilities", false, "print what this back-end is, as JSON, and exit")
 
 	fs.StringVar(&f.net, "net", "user", "`network` of the guest: "+kindNames()+", see above")
@@ -69,6 +76,8 @@ func (f *flags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.control, "control", "", "`path` of the control socket, or none (default: --socket-path with "+controlSuffix+" added)")
 	fs.StringVar(&f.metrics, "metrics", "", "`address` to serve Prometheus metrics on, like 127.0.0.1:9100")
 	fs.BoolVar(&f.pprof, "pprof", false, "serve Go's profiles at the --metrics address, too")
+	fs.StringVar(&f.user, "user", "", "`NAME|UID[:GROUP]` to become once everything is open; vhostd must be started as root for it")
+	fs.BoolVar(&f.noSandbox, "no-sandbox", false, "keep all rights: no Landlock, seccomp filter or dropping of capabilities once everything is open")
 	fs.StringVar(&f.logFormat, "log-format", "text", "text or json")
 	fs.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
 }
@@ -77,7 +86,10 @@ func (f *flags) register(fs *pflag.FlagSet) {
 type settings struct {
 	flags
 	mode     uint32 // of the socket
+	owner    int    // of the socket; -1: leave it
 	group    int    // of the socket; -1: leave it
+	allowed  sys.Allowed
+	become   *confine.User // nil: stay
 	mac      [6]byte
 	disable  virtio.Features
 	policy   netdev.Policy // of sending from the guest's pages
@@ -138,7 +150,7 @@ func (f flags) settle(given func(name string) bool) (settings, error) {
 
 // parse understands what the flags alone do not tell. Its error is all faults, joined.
 func (s *settings) parse() error {
-	var errs [5]error
+	var errs [6]error
 	if s.level.UnmarshalText([]byte(s.logLevel)) != nil {
 		errs[0] = s.faultf("log-level", "%q: want debug, info, warn or error", s.logLevel)
 	}
@@ -149,18 +161,26 @@ func (s *settings) parse() error {
 	errs[2] = s.parseMAC()
 	errs[3] = s.parseFeatures()
 	errs[4] = s.parseOwner()
+	errs[5] = s.parseUsers()
 	return errors.Join(errs[:]...)
 }
 
 func (s *settings) parseOwner() error {
-	s.mode, s.group = 0o600, -1
-	if s.client && (s.socketGroup != "" || s.socketMode != "") {
-		return s.faultf("client", "excludes %s and %s: the socket is the VMM's", s.word("socket-mode"), s.word("socket-group"))
+	s.mode, s.owner, s.group = 0o600, -1, -1
+	if s.client && (s.socketGroup != "" || s.socketMode != "" || s.socketOwner != "") {
+		return s.faultf("client", "excludes %s, %s and %s: the socket is the VMM's", s.word("socket-mode"), s.word("socket-group"), s.word("socket-owner"))
+	}
+	if s.socketOwner != "" {
+		u, err := confine.LookupUser(s.socketOwner)
+		if err != nil {
+			return s.faultf("socket-owner", "%w", err)
+		}
+		s.owner = u.UID
 	}
 	if s.socketGroup != "" {
-		gid, err := lookupGroup(s.socketGroup)
+		gid, err := confine.LookupGroup(s.socketGroup)
 		if err != nil {
-			return s.faultf("socket-group", "%q: there is no such group on this host", s.socketGroup)
+			return s.faultf("socket-group", "%w", err)
 		}
 		s.group, s.mode = gid, 0o660
 	}
@@ -175,15 +195,32 @@ func (s *settings) parseOwner() error {
 	return nil
 }
 
-func lookupGroup(name string) (int, error) {
-	if gid, err := strconv.ParseUint(name, 10, 31); err == nil {
-		return int(gid), nil
+// parseUsers understands who may connect, and whom vhostd is to become.
+func (s *settings) parseUsers() (err error) {
+	for _, name := range s.allowUID {
+		u, err := confine.LookupUser(name)
+		if err != nil {
+			return s.faultf("allow-uid", "%w", err)
+		}
+		s.allowed.UIDs = append(s.allowed.UIDs, u.UID)
 	}
-	g, err := user.LookupGroup(name)
-	if err != nil {
-		return 0, err
+	for _, name := range s.allowGID {
+		gid, err := confine.LookupGroup(name)
+		if err != nil {
+			return s.faultf("allow-gid", "%w", err)
+		}
+		s.allowed.GIDs = append(s.allowed.GIDs, gid)
 	}
-	return strconv.Atoi(g.Gid)
+	if s.user == "" {
+		return nil
+	}
+	if s.noSandbox {
+		return s.faultf("no-sandbox", "excludes %s: start vhostd as that user", s.word("user"))
+	}
+	if s.become, err = confine.LookupUser(s.user); err != nil {
+		return s.faultf("user", "%w", err)
+	}
+	return nil
 }
 
 func (s *settings) parseMAC() error {

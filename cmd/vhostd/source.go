@@ -9,6 +9,7 @@ import (
 	"github.com/coreos/go-systemd/v22/activation"
 	"golang.org/x/sys/unix"
 
+	"github.com/vhostd/vhostd/internal/sys"
 	"github.com/vhostd/vhostd/vhostuser"
 )
 
@@ -24,12 +25,19 @@ func activated() bool { return os.Getenv("LISTEN_FDS") != "" }
 
 // openSource makes the source that the settings name.
 func openSource(s settings, log *slog.Logger) (source, error) {
-	conn := vhostuser.ListenOptions{Mode: s.mode, Refused: func() {
+	limits := vhostuser.ConnOptions{Admit: func(p sys.Peer) error {
+		err := s.allowed.Admit(p)
+		if err != nil {
+			log.Warn("refused a front-end", "error", err)
+		}
+		return err
+	}}
+	conn := vhostuser.ListenOptions{Mode: s.mode, Conn: limits, Refused: func() {
 		log.Warn("refused a second front-end: the device has one")
 	}}
 	switch {
 	case s.client:
-		d, err := vhostuser.NewDialer(s.socketPath, vhostuser.DialOptions{Waiting: func(err error) {
+		d, err := vhostuser.NewDialer(s.socketPath, vhostuser.DialOptions{Conn: limits, Waiting: func(err error) {
 			log.Info("waiting for the VMM to listen", "socket", s.socketPath, "error", err)
 		}})
 		return source{d, s.socketPath, true}, err
@@ -43,13 +51,15 @@ func openSource(s settings, log *slog.Logger) (source, error) {
 	return activate(conn)
 }
 
-// listen makes the socket. Its group is set before its mode lets the group in.
+// listen makes the socket. Its owner and group are set before its mode lets the group in. It belongs to whom vhostd becomes, unless it is to belong to
+// somebody else.
 func listen(s settings, opts vhostuser.ListenOptions) (source, error) {
+	given := s.group >= 0 || s.ownerOfSocket() >= 0
 	if s.group >= 0 {
 		opts.Mode &= 0o600
 	}
 	l, err := vhostuser.Listen(s.socketPath, opts)
-	if err != nil || s.group < 0 {
+	if err != nil || !given {
 		return source{l, s.socketPath, true}, err
 	}
 	if err := ownSocket(s); err != nil {
@@ -59,14 +69,22 @@ func listen(s settings, opts vhostuser.ListenOptions) (source, error) {
 	return source{l, s.socketPath, true}, nil
 }
 
-// ownSocket gives the socket its group and its mode. Without a group it is that of this process.
+// ownerOfSocket is whom the socket is given to, -1 for nobody.
+func (s settings) ownerOfSocket() int {
+	if s.owner < 0 && s.become != nil {
+		return s.become.UID
+	}
+	return s.owner
+}
+
+// ownSocket gives the socket its owner, its group and its mode. Without a group it is that of this process.
 func ownSocket(s settings) error {
 	gid := s.group
 	if gid < 0 {
 		gid = os.Getegid()
 	}
-	if err := errors.Join(os.Lchown(s.socketPath, -1, gid), os.Chmod(s.socketPath, os.FileMode(s.mode))); err != nil {
-		return fmt.Errorf("%s: %w (vhostd must be root or a member of the group)", s.word("socket-group"), err)
+	if err := errors.Join(os.Lchown(s.socketPath, s.ownerOfSocket(), gid), os.Chmod(s.socketPath, os.FileMode(s.mode))); err != nil {
+		return fmt.Errorf("%s: %w (only root can give a socket away, and a member of a group to that group)", s.word("socket-group"), err)
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package control
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -57,11 +58,9 @@ func (c *Client) Call(ctx context.Context, request string, args, result any) err
 	if err != nil {
 		return err
 	}
-	if _, err := c.conn.Write(append(b, '\n')); err != nil {
-		return c.explain(ctx, err)
-	}
+	_, writing := c.conn.Write(append(b, '\n')) // one that fails may have been answered before it was made
 	if !c.lines.Scan() {
-		err := c.lines.Err()
+		err := cmp.Or(writing, c.lines.Err())
 		if err == nil {
 			err = errors.New("vhostd hung up")
 		}

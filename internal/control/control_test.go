@@ -17,6 +17,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
+
+	"github.com/vhostd/vhostd/internal/sys"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -40,7 +42,7 @@ func serve(t *testing.T) (path string, s *Server) {
 			return a, err
 		},
 		"fail": func(json.RawMessage) (any, error) { return nil, errors.New("the disk is full") },
-	})
+	}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -162,7 +164,7 @@ func TestListenPath(t *testing.T) {
 		filepath.Join(dir, "no", "directory"): "no such file",
 		filepath.Join(dir, strings.Repeat("x", 108)): "limit 107",
 	} {
-		if _, err := Listen(path, nil); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := Listen(path, nil, nil); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("Listen(%s): error %v, want one with %q", path, err, want)
 		}
 	}
@@ -171,7 +173,7 @@ func TestListenPath(t *testing.T) {
 	}
 	stale := filepath.Join(dir, "stale")
 	leaveSocket(t, stale)
-	s, err := Listen(stale, nil)
+	s, err := Listen(stale, nil, nil)
 	if err != nil {
 		t.Fatalf("a stale socket is not replaced: %v", err)
 	}
@@ -192,7 +194,7 @@ func TestCloseLeavesSuccessorsSocket(t *testing.T) {
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
-	second, err := Listen(path, nil)
+	second, err := Listen(path, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -345,4 +347,25 @@ func FuzzConverse(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestOnlyThoseAdmitted: who is not let in is told so, before anything is asked, and the connection ends.
+func TestOnlyThoseAdmitted(t *testing.T) {
+	for _, ok := range []bool{true, false} {
+		path := filepath.Join(t.TempDir(), "ctl")
+		s, err := Listen(path, map[string]Handler{"stats": func(json.RawMessage) (any, error) { return answer{}, nil }}, func(p sys.Peer) error {
+			if p.UID != os.Geteuid() || ok {
+				return nil
+			}
+			return errors.New("not you")
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		err = dial(t, path).Call(t.Context(), "stats", nil, &answer{})
+		if (err == nil) != ok || err != nil && !strings.Contains(err.Error(), "not you") {
+			t.Errorf("admitted %v: %v", ok, err)
+		}
+	}
 }

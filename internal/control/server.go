@@ -21,20 +21,21 @@ type Server struct {
 	file     *sys.SocketFile
 	sock     *net.UnixListener
 	handlers map[string]Handler
+	admits   func(sys.Peer) error // nil: everybody
 
 	serving sync.WaitGroup
 	mu      sync.Mutex
 	conns   map[net.Conn]struct{} // nil once the server is closed
 }
 
-// Listen makes the socket, with mode 0600 from the start, and serves it. A socket that is left over from a process that ended is
+// Listen makes the socket, with mode 0600 from the start, and serves it to those whom admits lets in, nil being everybody who can open it. A socket that is left over from a process that ended is
 // replaced; one that somebody listens on, or a file of another kind, is an error.
-func Listen(path string, handlers map[string]Handler) (*Server, error) {
+func Listen(path string, handlers map[string]Handler, admits func(sys.Peer) error) (*Server, error) {
 	sock, file, err := sys.ListenUnix(path, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
-	s := &Server{file: file, sock: sock, handlers: handlers, conns: map[net.Conn]struct{}{}}
+	s := &Server{file: file, sock: sock, handlers: handlers, admits: admits, conns: map[net.Conn]struct{}{}}
 	s.serving.Go(s.run)
 	return s, nil
 }
@@ -59,7 +60,7 @@ func (s *Server) Close() error {
 // run accepts until the socket is closed. Other failures (no descriptors left) may pass, but not by trying at full speed.
 func (s *Server) run() {
 	for {
-		c, err := s.sock.Accept()
+		c, err := s.sock.AcceptUnix()
 		switch {
 		case err == nil:
 			s.admit(c)
@@ -71,8 +72,13 @@ func (s *Server) run() {
 	}
 }
 
-// admit serves a connection if there is room for it.
-func (s *Server) admit(c net.Conn) {
+// admit serves a connection if its peer may ask and there is room for it.
+func (s *Server) admit(c *net.UnixConn) {
+	if err := s.refuses(c); err != nil {
+		_ = s.answer(c, Response{Error: err.Error()})
+		c.Close()
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
@@ -85,6 +91,17 @@ func (s *Server) admit(c net.Conn) {
 		s.conns[c] = struct{}{}
 		s.serving.Go(func() { s.serve(c) })
 	}
+}
+
+func (s *Server) refuses(c *net.UnixConn) error {
+	if s.admits == nil {
+		return nil
+	}
+	peer, err := sys.PeerOf(c)
+	if err != nil {
+		return err
+	}
+	return s.admits(peer)
 }
 
 func (s *Server) serve(c net.Conn) {

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -58,8 +59,12 @@ func (u *upstreams) list() []string {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.file.changed(u.path) {
+		conf, err := dns.ClientConfigFromFile(u.path)
+		if errors.Is(err, fs.ErrPermission) {
+			return u.servers // it was replaced by a file that this process may not read: what it said before is the best there is
+		}
 		u.servers = nil
-		if conf, err := dns.ClientConfigFromFile(u.path); err == nil {
+		if err == nil {
 			for _, s := range conf.Servers {
 				u.servers = append(u.servers, net.JoinHostPort(s, conf.Port))
 			}
@@ -126,8 +131,11 @@ func (h *hostsFile) load() {
 	if !h.file.changed(h.path) {
 		return
 	}
-	h.byName, h.byAddr = make(map[string][]netip.Addr), make(map[string][]string)
 	f, err := os.Open(h.path)
+	if errors.Is(err, fs.ErrPermission) && h.byName != nil {
+		return // as above
+	}
+	h.byName, h.byAddr = make(map[string][]netip.Addr), make(map[string][]string)
 	if err != nil {
 		return // no file, no names
 	}
