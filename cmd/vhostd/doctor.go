@@ -62,7 +62,7 @@ Nothing is changed. Run it as the user who is to run vhostd. The exit code is 1 
 var checks = []func() []finding{
 	checkKernel, checkMemfd, checkFiles, checkQEMU, checkKVM,
 	checkPing, checkTap, checkPacket,
-	checkLockedMemory, checkHugePages, checkIOURing, checkZeroCopySend, checkXDP,
+	checkConfinement, checkLockedMemory, checkHugePages, checkIOURing, checkZeroCopySend, checkXDP,
 }
 
 func examine() checkup {

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/internal/confine"
 )
 
 // What doctor asks for.
@@ -155,4 +157,33 @@ func checkKVM() []finding {
 		f.Fix = "enable virtualization in the firmware (or nested virtualization in the host's hypervisor); sudo modprobe kvm-intel or kvm-amd"
 	}
 	return one(f, err, verdictWarn)
+}
+
+// landlockFiles and landlockAll are the versions of Landlock with which it restricts what opens a file, and all that vhostd asks of it.
+const (
+	landlockFiles = 3
+	landlockAll   = 6
+)
+
+// checkConfinement looks at what vhostd can have taken from itself once it is started.
+func checkConfinement() []finding {
+	s := confine.Supported()
+	calls := finding{What: "seccomp filters", Verdict: verdictOK, Detail: "available", Meaning: "vhostd makes no system calls but those that it needs"}
+	if !s.Seccomp {
+		calls.Verdict, calls.Detail = verdictWarn, "not available"
+		calls.Meaning = "vhostd runs without: whoever finds a fault in it may try all of the kernel's system calls"
+		calls.Fix = "a kernel with CONFIG_SECCOMP_FILTER, or a container whose profile lets seccomp(2) pass"
+	}
+	files := finding{What: "Landlock", Verdict: verdictOK, Detail: fmt.Sprintf("version %d", s.Landlock), Meaning: "vhostd opens no files but those that it needs"}
+	switch {
+	case s.LandlockErr != nil:
+		files.Verdict, files.Detail = verdictWarn, s.LandlockErr.Error()
+		files.Meaning = "vhostd runs without: whoever finds a fault in it can open what its user can, as far as seccomp lets him"
+		files.Fix = "Linux 5.13 with CONFIG_SECURITY_LANDLOCK, and landlock in the lsm= of the kernel's command line"
+	case s.Landlock < landlockFiles:
+		files.Meaning = "files are restricted, their truncation (Linux 6.2) and TCP (6.7) are not"
+	case s.Landlock < landlockAll:
+		files.Meaning = "files are restricted; TCP needs Linux 6.7, devices' ioctl 6.10, abstract UNIX sockets 6.12"
+	}
+	return []finding{calls, files}
 }
