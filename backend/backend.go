@@ -51,6 +51,9 @@ type Options struct {
 	// Poll is the longest busy wait for more work before a worker sleeps; how much of it is used tunes itself to what it
 	// brings. 0 is none.
 	Poll time.Duration
+	// PairWorkers has one worker serve both queues of a pair, instead of a worker each. What comes back soon comes back sooner, and
+	// there are half as many threads to wake; but the two directions of a pair are no longer moved at once.
+	PairWorkers bool
 	// DrainTimeout bounds the wait for frames in flight when a ring stops. 0 is DefaultDrainTimeout.
 	DrainTimeout time.Duration
 	MaxPairs     int             // 0: as many as the device has

@@ -15,7 +15,7 @@ func (q *queue) Try(d netdev.Deliverer) (state netdev.DoorState) {
 	if q.attention.Load() || !q.mu.TryLock() {
 		return netdev.DoorBusy
 	}
-	defer q.mu.Unlock()
+	defer q.leaveDoor()
 	if !q.started || !q.enabled || q.broken != nil || q.fault != nil || q.s.fault.Load() != nil {
 		return netdev.DoorShut
 	}
@@ -52,8 +52,16 @@ func (q *queue) unwoundAtDoor(f *shm.Fault) netdev.DoorState {
 	return netdev.DoorShut
 }
 
+// leaveDoor unlocks the queue, and wakes a worker that came meanwhile and found it locked.
+func (q *queue) leaveDoor() {
+	q.mu.Unlock()
+	if q.passed.Load() && q.passed.CompareAndSwap(true, false) {
+		q.worker.signal()
+	}
+}
+
 // Wake implements netdev.Door.
-func (q *queue) Wake() { q.signalWake() }
+func (q *queue) Wake() { q.worker.signal() }
 
 // openDoors lets the device deliver to the session's receiveqs, or closes them.
 func (b *Backend) openDoors(s *session) {

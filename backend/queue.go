@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/vhostd/vhostd/guestmem"
-	"github.com/vhostd/vhostd/internal/sys"
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/vhostuser"
 	"github.com/vhostd/vhostd/virtio"
@@ -19,18 +18,19 @@ import (
 // batchSize is how many frames are moved between two looks at the indices of a ring.
 const batchSize = 64
 
-// queue is a virtqueue: its ring, its frames on the way, and the state of its worker. Everything but attention and wake is guarded by mu.
+// queue is a virtqueue: its ring, its frames on the way, and the state of its worker. mu guards all of it but
+// attention, passed and waits.
 type queue struct {
 	s         *session
 	index     int // as in vhost-user: even is a receiveq, odd a transmitq
 	fromGuest bool
 	dev       netdev.Queue
 
-	wakeMu sync.Mutex // guards wake against its end: a late release may still want to signal
-	wake   *sys.EventFD
+	worker *worker
 
 	mu        sync.Mutex
 	attention atomic.Bool // the control side waits for mu: the worker leaves it soon
+	passed    atomic.Bool // the worker found mu locked, and is to be woken
 
 	setup      ringSetup
 	enabled    bool
@@ -43,7 +43,7 @@ type queue struct {
 	kick       int   // descriptors of the front-end, -1 for none
 	call       int
 	errfd      int
-	done       chan struct{} // closed when the worker has ended
+	done       chan struct{} // closed when the worker has let go of the ring
 
 	ring   *vring.Device
 	window *zerocopy.Window // of a transmitq
@@ -53,20 +53,14 @@ type queue struct {
 	check  bool               // headers are to be validated: the device looks at them
 	feat   virtio.Features
 
-	waits waitSet
-	poll  poller
+	waits waitSet // the worker's
 	live  counters
 }
 
-func newQueue(s *session, index int) (*queue, error) {
-	wake, err := sys.NewEventFD()
-	if err != nil {
-		return nil, err
-	}
+func newQueue(s *session, index int, w *worker) *queue {
 	return &queue{
-		s: s, index: index, fromGuest: index%2 == 1, dev: s.b.dev.Queue(index / 2), wake: wake,
-		kick: -1, call: -1, errfd: -1, poll: poller{limit: s.b.opts.Poll},
-	}, nil
+		s: s, index: index, fromGuest: index%2 == 1, dev: s.b.dev.Queue(index / 2), worker: w, kick: -1, call: -1, errfd: -1,
+	}
 }
 
 // lock takes the queue from its worker, between two batches; unlock lets the worker look at everything anew.
@@ -78,28 +72,16 @@ func (q *queue) lock() {
 
 func (q *queue) unlock() {
 	q.mu.Unlock()
-	q.signalWake()
-}
-
-// signalWake ends the worker's wait. Any goroutine may call it, at any time.
-func (q *queue) signalWake() {
-	q.wakeMu.Lock()
-	defer q.wakeMu.Unlock()
-	if q.wake.FD() >= 0 {
-		q.wake.Signal()
-	}
+	q.worker.signal()
 }
 
 // close frees the descriptors of a queue that has stopped.
 func (q *queue) close() {
 	q.lock()
+	defer q.unlock()
 	setFD(&q.kick, -1)
 	setFD(&q.call, -1)
 	setFD(&q.errfd, -1)
-	q.mu.Unlock()
-	q.wakeMu.Lock()
-	defer q.wakeMu.Unlock()
-	_ = q.wake.Close()
 }
 
 func setFD(fd *int, to int) {
@@ -236,8 +218,8 @@ func (q *queue) start() error {
 	q.startedAt, q.wasEnabled = time.Now(), q.enabled
 	q.done = make(chan struct{})
 	q.s.b.log.Debug("queue started", "queue", q.index, "size", q.setup.size, "base", q.setup.base, "features", q.feat)
-	addProc()
-	go q.run()
+	q.waits = waitSet{}
+	q.worker.join(q) // which wakes when the queue is unlocked
 	return nil
 }
 
@@ -248,7 +230,7 @@ func (q *queue) open() error {
 		return err
 	}
 	if q.fromGuest {
-		q.window = zerocopy.NewWindow(q.ring, q.feat, q.signalWake)
+		q.window = zerocopy.NewWindow(q.ring, q.feat, q.worker.signal)
 		q.check = !q.s.b.dev.Capabilities().IgnoresHeader
 	} else {
 		q.posted = zerocopy.NewPosted(q.ring, q.feat)

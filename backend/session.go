@@ -17,9 +17,10 @@ import (
 // session is one front-end's connection: a vhostuser.Handler. Its methods run on one goroutine.
 type session struct {
 	*ending
-	b      *Backend
-	queues []*queue // 2*i is the receiveq of pair i, 2*i+1 its transmitq
-	table  *guestmem.Table
+	b       *Backend
+	queues  []*queue // 2*i is the receiveq of pair i, 2*i+1 its transmitq
+	workers []*worker
+	table   *guestmem.Table
 	// repeats counts, by region, the ADD_MEM_REGs after the first.
 	repeats map[*guestmem.Region]int
 	back    *vhostuser.BackendConn
@@ -42,12 +43,15 @@ func newSession(b *Backend, conn *vhostuser.Conn) (*session, error) {
 	}
 	s := &session{b: b, ending: &ending{conn: conn}, table: table, repeats: map[*guestmem.Region]int{}, activated: -1}
 	for i := range 2 * b.opts.MaxPairs {
-		q, err := newQueue(s, i)
-		if err != nil {
-			s.close()
-			return nil, err
+		if i%2 == 0 || !b.opts.PairWorkers {
+			w, err := newWorker(b.opts)
+			if err != nil {
+				s.close()
+				return nil, err
+			}
+			s.workers = append(s.workers, w)
 		}
-		s.queues = append(s.queues, q)
+		s.queues = append(s.queues, newQueue(s, i, s.workers[len(s.workers)-1]))
 	}
 	b.openDoors(s)
 	return s, nil
@@ -61,6 +65,9 @@ func (s *session) close() {
 	}
 	for _, q := range s.queues {
 		q.close()
+	}
+	for _, w := range s.workers {
+		w.close()
 	}
 	if s.back != nil {
 		_ = s.back.Close()

@@ -38,14 +38,14 @@ func (s *session) stop(queues ...*queue) error {
 	return errors.Join(errs...)
 }
 
-// halt ends the worker and gives back what it has not handed on. It reports false for a queue that does not run.
+// halt has the worker let go of the ring and gives back what it has not handed on. It reports false for a queue that does not run.
 func (q *queue) halt() bool {
 	if !q.started {
 		return false
 	}
 	q.started, q.kicked = false, false
 	q.mu.Unlock()
-	q.signalWake()
+	q.worker.signal()
 	<-q.done
 	q.mu.Lock()
 	if q.fault != nil {

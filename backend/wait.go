@@ -13,51 +13,59 @@ import (
 // kickless is how often a ring is looked at that has no kick descriptor, and a device that cannot be polled.
 const kickless = time.Millisecond
 
-// waitSet is what a worker waits for, beside its wake descriptor. It is filled with the queue locked, and used without.
+// waitSet is what a worker waits for on behalf of a queue, beside its wake descriptor, and what came of it. It belongs to the worker's thread.
 type waitSet struct {
 	kick     int  // -1: not waited for
 	pollKick bool // look again after a while
 	device   int  // -1: not waited for
 	reap     int  // tells of frames in flight; -1: not waited for
 	write    bool // device is waited for until it can be written, else read
+
+	slept  bool // the worker has waited since
+	kicked bool // and kick was readable
 }
 
 // none waits for the control side only.
-func (w *waitSet) none() { *w = waitSet{kick: -1, device: -1, reap: -1} }
+func (s *waitSet) none() { *s = waitSet{kick: -1, device: -1, reap: -1} }
 
-// wait sleeps until something that the queue waits for happens.
-func (q *queue) wait() {
-	q.mu.Lock()
-	w := q.waits
-	q.live.waits++
-	q.mu.Unlock()
-	fds := [4]unix.PollFd{
-		{Fd: int32(q.wake.FD()), Events: unix.POLLIN},
-		{Fd: int32(w.kick), Events: unix.POLLIN},
-		{Fd: int32(w.device), Events: unix.POLLIN},
-		{Fd: int32(w.reap), Events: unix.POLLIN},
+// perQueue is how many descriptors append adds: kick, device, reap.
+const perQueue = 3
+
+// append adds what is waited for to fds.
+func (s *waitSet) append(fds []unix.PollFd) []unix.PollFd {
+	device := unix.PollFd{Fd: int32(s.device), Events: unix.POLLIN}
+	if s.write {
+		device.Events = unix.POLLOUT
 	}
-	if w.write {
-		fds[2].Events = unix.POLLOUT
-	}
+	return append(fds, unix.PollFd{Fd: int32(s.kick), Events: unix.POLLIN}, device, unix.PollFd{Fd: int32(s.reap), Events: unix.POLLIN})
+}
+
+// wait sleeps until something that a queue waits for happens.
+func (w *worker) wait(queues []*queue) {
+	w.fds = append(w.fds[:0], unix.PollFd{Fd: int32(w.wake.FD()), Events: unix.POLLIN})
 	var timeout *unix.Timespec
-	if w.pollKick {
-		ts := unix.NsecToTimespec(int64(kickless))
-		timeout = &ts
+	for _, q := range queues {
+		w.fds = q.waits.append(w.fds)
+		if q.waits.pollKick {
+			ts := unix.NsecToTimespec(int64(kickless))
+			timeout = &ts
+		}
 	}
 	from := time.Now()
-	err := q.sleep(fds[:], timeout)
-	q.poll.slept(time.Since(from))
+	err := w.sleep(w.fds, timeout)
+	w.poll.slept(time.Since(from))
 	if err != nil && !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.EAGAIN) {
 		panic("bug: waiting for a queue's descriptors: " + err.Error())
 	}
-	if fds[0].Revents != 0 {
-		q.wake.Drain()
+	if w.fds[0].Revents != 0 {
+		w.wake.Drain()
 	}
-	q.awake(w.kick, fds[1].Revents)
+	for i, q := range queues {
+		q.waits.slept, q.waits.kicked = true, w.fds[1+perQueue*i].Revents != 0
+	}
 }
 
-// brief is how long a worker sleeps without Go's scheduler, at most, on a queue whose last sleep was shorter than busy. See sys.PollBriefly for its
+// brief is how long a worker sleeps without Go's scheduler, at most, of a worker whose last sleep was shorter than busy. See sys.PollBriefly for its
 // upper bound.
 const (
 	brief = 5 * time.Millisecond
@@ -67,10 +75,10 @@ const (
 // sleep waits for a descriptor. On a busy queue sleeps are many and short, and Go's scheduler has no part in them, as long as it has a processor
 // for every worker. It is given a turn now and then all the same: of a goroutine that has not had one for 10 ms it suspects that it hogs its processor,
 // takes that away at any system call, and has its monitor look again every 20 us.
-func (q *queue) sleep(fds []unix.PollFd, timeout *unix.Timespec) error {
-	if q.poll.brief && timeout == nil && enoughProcs() {
-		if now := time.Now(); now.Sub(q.poll.yielded) > brief {
-			q.poll.yielded = now
+func (w *worker) sleep(fds []unix.PollFd, timeout *unix.Timespec) error {
+	if w.poll.brief && timeout == nil && enoughProcs() {
+		if now := time.Now(); now.Sub(w.poll.yielded) > brief {
+			w.poll.yielded = now
 			runtime.Gosched()
 		}
 		n, errno := sys.PollBriefly(fds, brief)
@@ -85,16 +93,16 @@ func (q *queue) sleep(fds []unix.PollFd, timeout *unix.Timespec) error {
 	return err
 }
 
-// awake takes note of what ended the wait.
-func (q *queue) awake(kick int, kicked int16) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
+// awake takes note of what ended the wait, with the queue locked. The descriptor may be another by now.
+func (q *queue) awake() {
+	q.waits.slept = false
+	q.live.waits++
 	if q.window != nil {
 		q.window.Awake()
 	}
-	if kicked != 0 && kick == q.kick {
+	if q.waits.kicked && q.waits.kick == q.kick {
 		q.live.kicks++
-		if !drainKick(kick) {
+		if !drainKick(q.kick) {
 			// Not something that notifies: from now on the ring is polled, as if it had no kick descriptor.
 			q.live.kickErrors++
 			setFD(&q.kick, -1)
@@ -117,45 +125,4 @@ func signal(fd int) bool {
 	one := [8]byte{1}
 	_, err := unix.Write(fd, one[:])
 	return err == nil || errors.Is(err, unix.EAGAIN)
-}
-
-// poller decides how long to look for more work before sleeping. A sleep that was shorter than the limit would have been better spent
-// polling, so the time grows; a longer one shrinks it, to nothing on a quiet queue.
-type poller struct {
-	limit, span time.Duration
-	until       time.Time
-	brief       bool      // the last sleep was shorter than busy
-	yielded     time.Time // to Go's scheduler
-}
-
-// minPoll is the shortest span that is tried.
-const minPoll = 2 * time.Microsecond
-
-// worked says that there was work.
-func (p *poller) worked() { p.until = time.Time{} }
-
-// more tells whether to look again at once.
-func (p *poller) more() bool {
-	if p.span == 0 {
-		return false
-	}
-	now := time.Now()
-	if p.until.IsZero() {
-		p.until = now.Add(p.span)
-		return true
-	}
-	return now.Before(p.until)
-}
-
-// slept learns from a sleep.
-func (p *poller) slept(d time.Duration) {
-	p.until = time.Time{}
-	p.brief = d < busy
-	if d < p.limit {
-		p.span = min(max(2*p.span, minPoll), p.limit)
-		return
-	}
-	if p.span /= 2; p.span < minPoll {
-		p.span = 0
-	}
 }

@@ -11,54 +11,75 @@ import (
 	"github.com/vhostd/vhostd/zerocopy"
 )
 
-// step is what a worker does next.
+// step is what a worker does next, the most urgent first.
 type step uint8
 
 const (
 	again step = iota // there may be more work
 	idle              // there was none: poll for a while, then arm the notifications and wait
-	wait              // notifications are armed: wait for what waits says
+	wait              // wait for what waits says; the notifications that are wanted are armed
 	quit              // the ring has stopped
 )
 
-// turns is how many batches are moved while the queue's lock is held once.
+// turns is how many batches are moved while a queue's lock is held once.
 const turns = 16
 
-// run is the worker:
+// run is the worker's thread:
 //
 //	Pop a batch -> Send -> Reap -> Put/Publish -> call if needed -> if idle: poll a while, EnableKick, look again, sleep
-func (q *queue) run() {
-	defer close(q.done)
+//
+// With several queues each has a turn, and the worker is idle when all are.
+func (w *worker) run() {
 	defer changeProcs(-1)
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	debug.SetPanicOnFault(true)
 	arm := false
 	for {
-		switch q.turn(arm) {
-		case quit:
-			return
+		queues := *w.queues.Load()
+		next := wait
+		for _, q := range queues {
+			s := q.turn(arm)
+			if s == quit {
+				done := q.done
+				if w.leave(q) {
+					defer close(done)
+					return
+				}
+				close(done)
+				s = idle
+			}
+			next = min(next, s)
+		}
+		switch next {
 		case again:
-			q.poll.worked()
+			w.poll.worked()
 			arm = false
 		case idle:
-			arm = !q.poll.more()
+			arm = !w.poll.more(time.Now())
 		case wait:
-			q.wait()
+			w.wait(queues)
 			arm = false
 		}
 	}
 }
 
-// turn works on a few batches, with the queue locked. With arm it asks for notifications where there is nothing to do.
+// turn works on a few batches, with the queue locked. With arm it asks for notifications where there is nothing to do. A queue that the control
+// side has, or wants, is left to it, or one at whose door another worker is: they wake this one when they unlock it. To wait for the lock would be to wait for queues that this worker holds up.
 func (q *queue) turn(arm bool) (next step) {
-	q.mu.Lock()
+	if q.attention.Load() || !q.tryLock() {
+		q.waits.none()
+		return wait
+	}
 	defer q.mu.Unlock()
 	defer func() {
 		if r := recover(); r != nil {
 			next = q.recovered(shm.Caught(r))
 		}
 	}()
+	if q.waits.slept {
+		q.awake()
+	}
 	switch {
 	case !q.started:
 		return quit
@@ -66,15 +87,34 @@ func (q *queue) turn(arm bool) (next step) {
 		q.waits.none()
 		return wait
 	}
+	return q.batches(arm)
+}
+
+// tryLock locks the queue unless it is locked. Who has it then wakes the worker afterwards.
+func (q *queue) tryLock() bool {
+	if q.mu.TryLock() {
+		return true
+	}
+	q.passed.Store(true) // before another look: who unlocks looks at passed behind that
+	return q.mu.TryLock()
+}
+
+// batches moves batches until there is nothing to do, somebody else wants the queue, or they were many.
+func (q *queue) batches(arm bool) (next step) {
+	worked := false
 	for range turns {
 		if q.fromGuest {
-			next = q.transmit(arm)
+			next = q.transmit(arm && !worked)
 		} else {
-			next = q.receive(arm)
+			next = q.receive(arm && !worked)
 		}
-		if next != again || q.broken != nil || q.attention.Load() {
+		switch {
+		case next == idle && worked:
+			return again // polling begins at the last work
+		case next != again || q.broken != nil || q.attention.Load():
 			return next
 		}
+		worked = true
 	}
 	return next
 }

@@ -77,8 +77,8 @@ type Queue interface {
 	// Recv moves up to max frames into the guest's posted buffers. It stops early when no frame is waiting (idle), or when the guest
 	// has posted too little for the next one, which then waits. The error is the device's: it cannot receive any more.
 	Recv(p *zerocopy.Posted, max int) (n int, idle bool, err error)
-	// RecvFD is polled for reading when Recv was idle; -1 when no frame will ever come. It stays readable for as long as a frame
-	// waits, or becomes readable when one comes after an idle Recv.
+	// RecvFD is polled for reading when Recv was idle, and asked for anew each time; -1 when no frame will ever come. It stays readable for
+	// as long as a frame waits, or becomes readable when one comes after an idle Recv: one that came before RecvFD was asked for counts.
 	RecvFD() int
 	// Counters reads the device's own counts; safe from any goroutine.
 	Counters() Counters

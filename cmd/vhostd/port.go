@@ -34,7 +34,7 @@ func openPort(s settings, open opener, log *slog.Logger) (*port, error) {
 
 func (p *port) serveDevice(s settings) (err error) {
 	p.be, err = backend.New(backend.Options{
-		Device: p.dev, MAC: s.mac, MTU: s.mtu, Log: p.log, Poll: s.poll, MaxPairs: s.queues, Disable: s.disable,
+		Device: p.dev, MAC: s.mac, MTU: s.mtu, Log: p.log, Poll: s.poll, PairWorkers: s.workers == "pair", MaxPairs: s.queues, Disable: s.disable,
 	})
 	if err != nil {
 		return err

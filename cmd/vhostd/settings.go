@@ -44,6 +44,7 @@ type flags struct {
 	mac                     string
 	mtu, queues             int
 	poll                    time.Duration
+	workers                 string
 	zerocopy                string
 	noBalloon               bool
 	disable                 string
@@ -69,6 +70,7 @@ func (f *flags) register(fs *pflag.FlagSet) {
 	fs.IntVar(&f.mtu, "mtu", 0, "MTU in `bytes` to offer to the guest; a tap gets it as well (default: the device's)")
 	fs.IntVar(&f.queues, "queues", 0, "queue pairs to offer, `N` (default: 1, or what --net says)")
 	fs.DurationVar(&f.poll, "poll", backend.DefaultPoll, "longest busy wait before sleeping; tunes itself below that; 0 for none")
+	fs.StringVar(&f.workers, "workers", "queue", "threads: one for each queue, or one for both of a pair (queue or pair); pair answers and sleeps with fewer wake-ups")
 	fs.StringVar(&f.zerocopy, "zerocopy", "auto", "send from the guest's own pages: auto (large frames, where it pays), on (all that --net can) or off")
 	fs.BoolVar(&f.noBalloon, "no-balloon", false, noBalloonUsage)
 	fs.StringVar(&f.disable, "disable-features", "", "virtio features not to offer, a `list` like MRG_RXBUF,EVENT_IDX")
@@ -138,6 +140,9 @@ func (f flags) settle(given func(name string) bool) (settings, error) {
 	}
 	if f.poll < 0 {
 		return s, usagef("--poll %v: want 0 or more", f.poll)
+	}
+	if f.workers != "queue" && f.workers != "pair" {
+		return s, usagef("--workers %q: want queue or pair", f.workers)
 	}
 	if f.logFormat != "text" && f.logFormat != "json" {
 		return s, usagef("--log-format %q: want text or json", f.logFormat)

@@ -27,9 +27,9 @@ type link struct {
 	tail    atomic.Uint64
 	dropped atomic.Uint64
 
-	ready   *sys.EventFD // readable when frames came while the receiver was waiting
+	ready   *sys.EventFD // readable when frames came after arm
 	room    *sys.EventFD // blocked for writing when the ring was full
-	waiting atomic.Bool  // the receiver looks at ready
+	waiting atomic.Bool  // the receiver is about to look at ready
 	full    atomic.Bool  // the sender looks at room
 
 	severed atomic.Bool // nobody will receive any more
@@ -150,10 +150,7 @@ func (l *link) get(p *zerocopy.Posted, max int, scratch *[][]byte) (n int, idle 
 	for n < max {
 		tail := l.tail.Load()
 		if tail == l.head.Load() {
-			if l.idle(tail) {
-				return n, true, tooBig
-			}
-			continue
+			return n, true, tooBig
 		}
 		s := l.at(tail)
 		*scratch = s.frags((*scratch)[:0])
@@ -188,13 +185,16 @@ func (l *link) unwound() {
 	}
 }
 
-// idle arms ready, and reports whether the ring is still empty then.
-func (l *link) idle(tail uint64) bool {
-	if !l.waiting.Load() {
-		l.ready.Drain()
-		l.waiting.Store(true)
+// arm has ready tell of frames, of those that are there already too. Until then no sender makes a system call for it.
+func (l *link) arm() {
+	if l.waiting.Load() {
+		return
 	}
-	return tail == l.head.Load()
+	l.ready.Drain()
+	l.waiting.Store(true)
+	if l.tail.Load() != l.head.Load() && l.waiting.CompareAndSwap(true, false) {
+		l.ready.Signal()
+	}
 }
 
 func (l *link) held() int {

@@ -54,7 +54,11 @@ func (q *queue) SendUnwound() {}
 func (q *queue) RecvUnwound() { q.d.in[q.index].unwound() }
 
 // RecvFD implements netdev.Queue.
-func (q *queue) RecvFD() int { return q.d.in[q.index].ready.FD() }
+func (q *queue) RecvFD() int {
+	l := q.d.in[q.index]
+	l.arm()
+	return l.ready.FD()
+}
 
 // Counters implements netdev.Queue.
 func (q *queue) Counters() netdev.Counters {
