@@ -9,8 +9,8 @@
 //	worker of queue 1 (transmitq of pair 0): chains -> Window -> Send ... release -> used ring -> call
 //
 // A worker has an OS thread to itself while its ring is started. It holds its queue's lock while it works on batches and never while
-// it waits; the control side takes the lock of a queue before it changes anything about it. Workers never take any other lock, and
-// the control side alone takes several, so nothing can deadlock.
+// it waits; the control side takes the lock of a queue before it changes anything about it. Workers never wait for a queue's lock, and
+// the control side alone takes several, so nothing can deadlock, not even where one worker serves both queues of a pair (Options.PairWorkers).
 //
 // Whose fault decides: a guest that breaks its ring stops that queue (err eventfd, a counter, Stats say why); a front-end that breaks the
 // protocol loses its session; guest memory that faults (its file was truncated) ends the session too. The daemon and other

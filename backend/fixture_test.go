@@ -16,10 +16,15 @@ import (
 	"github.com/vhostd/vhostd/virtio"
 )
 
-// serve makes a Backend of d. Its log goes to the test's.
+// served counts back-ends.
+var served atomic.Int32
+
+// serve makes a Backend of d. Its log goes to the test's. Every other one has a worker for both queues of a pair, so of two that are linked one does.
 func serve(t testing.TB, d *device, set ...func(*backend.Options)) *backend.Backend {
 	t.Helper()
-	o := backend.Options{Device: d, Poll: 20 * time.Microsecond, DrainTimeout: 200 * time.Millisecond, Log: logger(t)}
+	o := backend.Options{
+		Device: d, Poll: 20 * time.Microsecond, DrainTimeout: 200 * time.Millisecond, Log: logger(t), PairWorkers: served.Add(1)%2 == 0,
+	}
 	for _, f := range set {
 		f(&o)
 	}
