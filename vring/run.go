@@ -9,8 +9,8 @@ import (
 )
 
 // PopRun is Pop of as many chains as are of one descriptor and lie in the memory region of the last one: those are nearly all of a network
-// device. It returns how many it took into chains, and leaves every other chain, and a ring that is broken, to Pop. Each of chains holds room
-// for a segment. What a fault in the ring's memory stops was not popped.
+// device. It returns how many it took into chains, and leaves every other chain, and a ring that is broken, to Pop. What a fault in
+// the ring's memory stops was not popped.
 //
 // When chains are used up there are likely to be more: the descriptors of as many are asked for, so that they travel while these are worked on.
 func (d *Device) PopRun(chains []Chain) int {
@@ -22,6 +22,9 @@ func (d *Device) PopRun(chains []Chain) int {
 
 // one makes c a chain of one segment.
 func (c *Chain) one(mem []byte, addr guestmem.GPA, id uint16, writable bool) {
+	if cap(c.Segs) == 0 {
+		c.Segs = make([]Seg, 1) // its memory was given up after a long chain
+	}
 	c.Segs = c.Segs[:1]
 	c.Segs[0] = Seg{Mem: mem, Addr: addr}
 	c.Head, c.Descs = id, 1

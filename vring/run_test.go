@@ -11,8 +11,8 @@ import (
 // room is n chains that a run can be popped into.
 func room(n int) []Chain {
 	chains := make([]Chain, n)
-	for i := range chains {
-		chains[i].Segs = make([]Seg, 0, 1)
+	for i := 0; i < n; i += 2 {
+		chains[i].Segs = make([]Seg, 0, 1) // the others have no memory yet
 	}
 	return chains
 }

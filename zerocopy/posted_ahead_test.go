@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"github.com/vhostd/vhostd/virtio"
@@ -130,5 +131,48 @@ func TestPostedAheadHeader(t *testing.T) {
 		if hdr != want || !bytes.Equal(b, frame(n, 1)) {
 			t.Errorf("%d bytes: received %d with header %+v, want %+v", n, len(b), hdr, want)
 		}
+	}
+}
+
+// TestRunAfterLongChains: a chain whose segments were given up because they were many is popped in a run all the same.
+func TestRunAfterLongChains(t *testing.T) {
+	for name, f := range map[string]virtio.Features{"split": features, "packed": packedFeatures} {
+		t.Run(name, func(t *testing.T) {
+			long := slices.Repeat([]int{2}, keepSegs+2)
+			g := &posts{guest: newGuest(t, 128, f), mem: map[uint16][][]byte{}}
+			p := NewPosted(g.ring, f)
+			send := newGuest(t, 128, f)
+			w := send.window()
+			for round := range 60 {
+				g.next, send.next = ramBase+ramSize/2, ramBase+ramSize/2
+				for i := range 21 {
+					if i == round%3*7 {
+						g.add(long...)
+						send.sendParts(frame(2*len(long)-virtio.NetHdrSize, 1), long...)
+						continue
+					}
+					g.add(100)
+					send.send(virtio.NetHdr{}, frame(60, 2))
+				}
+				for range 21 {
+					if err := result(p.Write(virtio.NetHdr{}, [][]byte{frame(60, 3)})); err != nil {
+						t.Fatal(err)
+					}
+					if _, b, ok := g.received(virtio.NetHdrSize); !ok || !bytes.Equal(b, frame(60, 3)) {
+						t.Fatalf("received %d bytes", len(b))
+					}
+				}
+				bufs := pop(t, w)
+				if len(bufs) != 21 {
+					t.Fatalf("%d frames, want 21", len(bufs))
+				}
+				wantContent(t, bufs[20], frame(60, 2))
+				ReleaseAll(bufs, Copied)
+				w.Reap()
+				send.returned()
+			}
+			p.GiveBack()
+			w.Close()
+		})
 	}
 }

@@ -41,7 +41,6 @@ const (
 type slot struct {
 	// state is stored plainly by the worker while the slot is its own, and by sync/atomic from the hand-over to a device on.
 	state uint32
-	chain vring.Chain
 	buf   *Buffer // nil when the last one left with its holder (Orphan)
 }
 
@@ -69,6 +68,7 @@ type WindowStats struct {
 type Window struct {
 	ring       *vring.Device
 	slots      []slot
+	chains     []vring.Chain // of the slots
 	mask       uint64
 	head, tail uint64 // cursors: slots [tail, head) are taken
 	hdrLen     int
@@ -91,7 +91,7 @@ type Window struct {
 func NewWindow(ring *vring.Device, f virtio.Features, wake func()) *Window {
 	n := vring.Slots(ring.Size())
 	w := &Window{
-		ring: ring, slots: make([]slot, n), mask: uint64(n - 1), hdrLen: virtio.NetHdrLen(f),
+		ring: ring, slots: make([]slot, n), chains: make([]vring.Chain, n), mask: uint64(n - 1), hdrLen: virtio.NetHdrLen(f),
 		table: ring.View().Table(), wake: wake,
 	}
 	w.table.Pin()
@@ -100,7 +100,7 @@ func NewWindow(ring *vring.Device, f virtio.Features, wake func()) *Window {
 	segs := make([]vring.Seg, n*inline)
 	bufs := make([]Buffer, n)
 	for i := range w.slots {
-		w.slots[i].chain.Segs = segs[i*inline : i*inline : (i+1)*inline]
+		w.chains[i].Segs = segs[i*inline : i*inline : (i+1)*inline]
 		w.slots[i].buf = &bufs[i]
 	}
 	return w
@@ -117,24 +117,38 @@ func (w *Window) Pop(batch []*Buffer) (n int, status vring.Status) {
 		w.head, w.tail = 0, 0
 	}
 	status = vring.Popped
-	for limit := len(batch); limit > 0 && w.Pending() < len(w.slots); limit-- {
-		i := w.head & w.mask
-		s := &w.slots[i]
-		status = w.ring.Pop(&s.chain)
-		if status == vring.Empty || status == vring.Broken {
-			break
+	for limit := len(batch); limit > 0 && w.Pending() < len(w.slots); {
+		at := int(w.head & w.mask)
+		run := w.ring.PopRun(w.chains[at:min(at+min(limit, len(w.slots)-w.Pending()), len(w.chains))])
+		if run == 0 {
+			s := w.ring.Pop(&w.chains[at])
+			if s == vring.Empty || s == vring.Broken {
+				status = s
+				break
+			}
+			run = 1
 		}
-		w.head++
-		if status == vring.Malformed || !w.load(s, uint32(i)) {
-			s.state = slotBad
-			status = vring.Popped
-			continue
-		}
-		batch[n] = s.buf
-		n++
+		limit -= run
+		n += w.loadRun(batch[n:], run)
 	}
 	w.Stats.MaxPending = max(w.Stats.MaxPending, w.Pending())
 	return n, status
+}
+
+// loadRun takes slots for n chains that were popped, and puts those that are frames into batch.
+func (w *Window) loadRun(batch []*Buffer, n int) (frames int) {
+	for range n {
+		i := w.head & w.mask
+		s := &w.slots[i]
+		w.head++
+		if !w.load(s, uint32(i)) {
+			s.state = slotBad
+			continue
+		}
+		batch[frames] = s.buf
+		frames++
+	}
+	return frames
 }
 
 // minFrame is an Ethernet header: what is shorter is no frame.
@@ -143,7 +157,7 @@ const minFrame = 14
 // load makes s.buf the frame of the chain in s. It reports false for a chain that holds no frame: too short, too long, or one that
 // asks for something to be written (virtio-v1.2 §5.1.6.2: a transmitq's chains are device-readable).
 func (w *Window) load(s *slot, i uint32) bool {
-	c := &s.chain
+	c := &w.chains[i]
 	n := int(c.ReadLen) - w.hdrLen
 	if n < minFrame || n > virtio.MaxFrame || c.Readable != len(c.Segs) {
 		return false
@@ -217,13 +231,12 @@ func (w *Window) Undo(n int) {
 func (w *Window) Reap() int {
 	start := w.tail
 	for w.tail != w.head {
-		s := &w.slots[w.tail&w.mask]
-		state := atomic.LoadUint32(&s.state)
+		state := atomic.LoadUint32(&w.slots[w.tail&w.mask].state)
 		if state == slotOut {
 			w.block()
 			break
 		}
-		w.retire(s, state)
+		w.retire(state)
 	}
 	if len(w.older) > 0 {
 		w.unpinOlder()
@@ -232,7 +245,7 @@ func (w *Window) Reap() int {
 }
 
 // retire returns the chain of the slot at tail.
-func (w *Window) retire(s *slot, state uint32) {
+func (w *Window) retire(state uint32) {
 	if state >= slotDone {
 		w.Stats.Frames[state-slotDone]++
 	} else {
@@ -241,11 +254,12 @@ func (w *Window) retire(s *slot, state uint32) {
 	if w.blocked != 0 {
 		w.unblock()
 	}
+	c := &w.chains[w.tail&w.mask]
 	w.tail++ // first: guest memory may fault under Put
-	if cap(s.chain.Segs) > keepSegs {
-		s.chain.Segs = nil
+	if cap(c.Segs) > keepSegs {
+		c.Segs = nil
 	}
-	w.ring.Put(s.chain.Head, 0)
+	w.ring.Put(c.Head, 0)
 }
 
 // block and unblock time how long the used ring waits for one slot.
@@ -339,15 +353,16 @@ func (w *Window) Close() (givenUp int) {
 	for w.tail != w.head {
 		s := &w.slots[w.tail&w.mask]
 		if !w.giveUp(s) {
-			w.retire(s, atomic.LoadUint32(&s.state))
+			w.retire(atomic.LoadUint32(&s.state))
 			continue
 		}
 		givenUp++
 		if w.blocked != 0 {
 			w.unblock()
 		}
+		head := w.chains[w.tail&w.mask].Head
 		w.tail++
-		w.ring.Put(s.chain.Head, 0)
+		w.ring.Put(head, 0)
 	}
 	w.closed = true
 	w.unpinLate()
