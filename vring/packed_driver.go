@@ -110,10 +110,10 @@ func (d *Driver) publishPacked() {
 // reapPacked is Reap.
 func (d *Driver) reapPacked() (id uint16, written uint32, ok bool) {
 	p := d.packed
+	if !d.lookPacked() {
+		return 0, 0, false
+	}
 	if !d.inBatch {
-		if !d.lookPacked() {
-			return 0, 0, false
-		}
 		elem, ok := d.usedPacked()
 		if !ok {
 			return 0, 0, false

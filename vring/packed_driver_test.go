@@ -160,3 +160,24 @@ func TestPackedDriverConfig(t *testing.T) {
 		}
 	}
 }
+
+// TestPackedDriverReapsNothingAfterError: with VIRTIO_F_IN_ORDER, a used id out of order was an error at first, and was believed as soon as the
+// driver had published another chain.
+func TestPackedDriverReapsNothingAfterError(t *testing.T) {
+	r := newRig(t, 8, packed|virtio.FInOrder)
+	r.add([]Buf{r.buf(0, 10)}, nil)
+	first := r.pop(Popped).Head
+	at := &r.drv.RawPacked()[r.drv.packed.used.slot]
+	at.ID, at.Flags = first+1, r.drv.packed.used.used()
+	r.drv.out[first+1] = sent{descs: 1} // it is out, and is not the oldest
+	if _, _, ok := r.drv.Reap(); ok || r.drv.Err() == nil {
+		t.Fatalf("id %d, which is not the oldest, was reaped: %v", first+1, r.drv.Err())
+	}
+	r.drv.out[first+1] = sent{}
+	if id := r.add([]Buf{r.buf(0, 10)}, nil); id != first+1 {
+		t.Fatalf("id %d, want %d", id, first+1)
+	}
+	if id, _, ok := r.drv.Reap(); ok {
+		t.Errorf("id %d was reaped after %v", id, r.drv.Err())
+	}
+}
