@@ -63,7 +63,7 @@ func flowLen(h []byte) int {
 			}
 			return headLen
 		}
-		return etherHdr
+		return off + 2
 	}
 	return headLen
 }
