@@ -4,6 +4,7 @@
 #   make build    bin/vhostd, one static binary
 #   make test     everything that CI runs
 #   make lint race vm bench    parts of it
+#   make fuzz FUZZTIME=10m     each fuzzing target for that long, see docs/fuzzing.md; in CI it is 3 seconds
 #   make soak                  an hour of guests that come and go over every network: nothing leaks, grows or gets lost; wants root
 #   make bench-peers           vhostd beside DPDK, in turns, into docs/perf; takes an hour, wants root and a quiet machine
 #
@@ -16,7 +17,7 @@ export CGO_ENABLED = 0
 PACKAGES = $$($(GO) list ./... | grep -v -e '/test/vm$$' -e '/test/soak$$')
 stage = @printf '\n== %s  %s\n' "$$(date +%T)"
 
-.PHONY: all build demo test lint cross unit vm vm-packed race bench bench-once soak soak-short soak-order setup clean
+.PHONY: all build demo test lint cross unit fuzz vm vm-packed race bench bench-once soak soak-short soak-order setup clean
 
 all: build
 
@@ -31,7 +32,7 @@ demo:
 setup:
 	@scripts/setup.sh test
 
-test: setup lint cross unit race bench-once soak-short vm
+test: setup lint cross unit race bench-once fuzz soak-short vm
 	$(stage) "all passed"
 
 lint:
@@ -54,6 +55,15 @@ unit:
 race:
 	$(stage) "tests under the race detector"
 	CGO_ENABLED=1 $(GO) test -count=1 -race -short -timeout 8m $(PACKAGES)
+
+# All targets, one after the other. What a fuzzer finds it writes under testdata/fuzz, from where it is a test. Interesting inputs are tried
+# smaller a few times only: Go's default is a minute for each, in which nothing new is tried.
+FUZZTIME ?= 3s
+fuzz:
+	$(stage) "every fuzzing target for $(FUZZTIME)"
+	@grep -rEo --include=*_test.go '^func Fuzz[A-Za-z0-9]+' . | sort | sed 's|/[^/]*_test.go:func | |' | while read -r dir target; do \
+		$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x -timeout 0 "$$dir" || exit 1; \
+	done
 
 bench-once:
 	$(stage) "every benchmark once"
