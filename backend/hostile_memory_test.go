@@ -3,6 +3,7 @@ package backend_test
 import (
 	"fmt"
 	"math"
+	"os"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -97,6 +98,15 @@ func TestF10Regions(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(dir)
+	exe, err := os.Executable() // on a disk
+	if err != nil {
+		t.Fatal(err)
+	}
+	disk, err := unix.Open(exe, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(disk)
 	good, held := spare.MemoryRegion, e.Mem.Regions[0].MemoryRegion
 	for name, c := range map[string]struct {
 		change func(r *vhostuser.MemoryRegion)
@@ -115,6 +125,7 @@ func TestF10Regions(t *testing.T) {
 		"another file there":   {func(r *vhostuser.MemoryRegion) { *r = held }, e.Mem.Regions[1].FD},
 		"no file to map":       {func(*vhostuser.MemoryRegion) {}, e.Queues[0].Kick.FD()},
 		"a directory":          {func(*vhostuser.MemoryRegion) {}, dir},
+		"a file on a disk":     {func(*vhostuser.MemoryRegion) {}, disk},
 	} {
 		r := good
 		c.change(&r)

@@ -28,9 +28,26 @@ func (m *Mapping) Same(o *Mapping) bool {
 	return m.source == o.source && len(m.Bytes) == len(o.Bytes)
 }
 
+// ErrMemoryFile refuses a file that somebody in user space, or a disk, may have to be asked for.
+var ErrMemoryFile = errors.New("neither a memfd nor a file on tmpfs or hugetlbfs")
+
+// checkMemoryFile refuses files whose pages are not the kernel's own to give. A page fault is no system call: Go cannot stop a thread that waits in one, so a
+// file whose owner answers when he likes (FUSE), a network's or a slow disk's would stop the whole process at its next garbage collection. Only files
+// of shared memory and huge pages have seals, whether any is set or not, and asking for them asks nobody but the kernel, unlike statfs or fstat.
+func checkMemoryFile(fd int) error {
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0); err != nil {
+		return fmt.Errorf("memory file: %w (%w): a page of it may never come", ErrMemoryFile, err)
+	}
+	return nil
+}
+
 // Map maps size bytes of fd from offset off, for reading and writing. The offset may be any byte; the file must hold the range, since
-// touching a page behind its end raises SIGBUS. The fd can be closed afterwards. The memory is left out of core dumps.
+// touching a page behind its end raises SIGBUS. Other files than memfds and those on tmpfs or hugetlbfs are refused with ErrMemoryFile. The fd can be closed
+// afterwards. The memory is left out of core dumps.
 func Map(fd int, off, size uint64) (*Mapping, error) {
+	if err := checkMemoryFile(fd); err != nil {
+		return nil, err
+	}
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return nil, fmt.Errorf("fstat of the memory file: %w", err)
