@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/vhostuser"
@@ -132,6 +133,40 @@ func TestF20SecondConnection(t *testing.T) {
 	n.goesOn(t)
 	e.Reconnect() // the first one's place is free again
 	e.works(t)
+	e.Hangup()
+	l.Close()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// Somebody who connects and says nothing does not keep the guest out.
+func TestF20SilentConnection(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	n := newNeighbour(t)
+	path := filepath.Join(vhosttest.ShortDir(t), "vhost.sock")
+	const grace = 50 * time.Millisecond
+	l, err := vhostuser.Listen(path, vhostuser.ListenOptions{Conn: vhostuser.ConnOptions{PartialTimeout: grace}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := newDevice(t, 1)
+	b := serve(t, d)
+	done := make(chan error, 1)
+	go func() { done <- b.Serve(t.Context(), l) }()
+	silent, err := vhostuser.Dial(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	vhosttest.Eventually(t, "the silent session", func() bool { return b.Stats().Connected })
+	time.Sleep(2 * grace)
+	e := &end{vhosttest.Start(t, nil, vhosttest.Options{Path: path}), d, b}
+	e.works(t)
+	if st := b.Stats(); st.FrontEndErrors != 1 || st.Sessions != 2 {
+		t.Errorf("%d front-end errors, %d sessions; want 1 and 2", st.FrontEndErrors, st.Sessions)
+	}
+	n.goesOn(t)
 	e.Hangup()
 	l.Close()
 	if err := <-done; err != nil {

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -54,6 +55,9 @@ type Conn struct {
 	partial time.Duration
 	write   time.Duration
 
+	born  time.Time
+	heard atomic.Bool // a message has come
+
 	writing sync.Mutex // one message at a time
 
 	closing sync.Once
@@ -65,6 +69,7 @@ type Conn struct {
 func NewConn(sock *net.UnixConn, opts ConnOptions) *Conn {
 	return &Conn{
 		sock:    sock,
+		born:    time.Now(),
 		partial: orDefault(opts.PartialTimeout),
 		write:   orDefault(opts.WriteTimeout),
 		closed:  make(chan struct{}),
@@ -144,8 +149,12 @@ func (c *Conn) readMessage(wait time.Duration) (*Message, error) {
 		CloseFDs(r.fds)
 		return nil, err
 	}
+	c.heard.Store(true)
 	return m, nil
 }
+
+// silent tells that nothing has come for as long as a message may take: whoever connected says nothing.
+func (c *Conn) silent() bool { return !c.heard.Load() && time.Since(c.born) > c.partial }
 
 // reader collects one message.
 type reader struct {

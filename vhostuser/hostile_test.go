@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"runtime"
 	"testing"
@@ -388,6 +389,49 @@ func TestF24ReconnectStorm(t *testing.T) {
 	first.Close()
 	if !served.HungUp() {
 		t.Error("the first connection's end goes unnoticed")
+	}
+}
+
+// A connection that says nothing does not keep the real front-end out; one that has said something does, however long it is silent then.
+func TestF24SilentConnectionGivesWay(t *testing.T) {
+	checkFDs(t)
+	const grace = 50 * time.Millisecond
+	l, dial := testListener(t, ListenOptions{Conn: ConnOptions{PartialTimeout: grace}})
+	silent := dial()
+	defer silent.Close()
+	first, err := l.Accept(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	time.Sleep(2 * grace)
+	speaker := dial()
+	defer speaker.Close()
+	second, err := l.Accept(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Close()
+	if _, err := first.ReadMessage(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("the silent connection: %v, want its end", err)
+	}
+	if _, err := speaker.Write((Header{Request: ReqGetFeatures, Flags: FlagVersion}).Append(nil)); err != nil {
+		t.Fatal(err)
+	}
+	m, err := second.ReadMessage()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.CloseFDs()
+	time.Sleep(2 * grace)
+	third := dial()
+	defer third.Close()
+	third.SetDeadline(time.Now().Add(patience))
+	if n, err := third.Read(make([]byte, 1)); n != 0 || !isHangUp(err) {
+		t.Errorf("another connection beside one that has spoken: read %d bytes, %v; want the end", n, err)
+	}
+	if second.HungUp() {
+		t.Error("the one that has spoken was closed")
 	}
 }
 

@@ -19,7 +19,8 @@ type ListenOptions struct {
 }
 
 // Listener is the Acceptor of server mode. A device has one front-end: while it is there, all other connections are
-// closed at once. One goroutine accepts for the Listener's whole life, so that nobody waits unanswered in the backlog,
+// closed at once. One that has connected and said nothing for longer than ConnOptions.PartialTimeout is none: it gives
+// way to the next. One goroutine accepts for the Listener's whole life, so that nobody waits unanswered in the backlog,
 // and it holds at most one connection that Accept has not returned yet: that of a front-end which came back before the
 // back-end had done with its last connection.
 type Listener struct {
@@ -149,6 +150,9 @@ func (l *Listener) offer(c *Conn) {
 	if l.parked != nil && l.parked.HungUp() {
 		l.parked.Close()
 		l.parked = nil
+	}
+	if l.active != nil && l.active.silent() {
+		l.active.Close()
 	}
 	free := l.parked == nil && (l.active == nil || l.active.HungUp())
 	if free {
