@@ -19,6 +19,8 @@
 // The kernel posts a completion in the context of the thread that submitted: at its next system call, or at once when it sleeps
 // (IORING_SETUP_COOP_TASKRUN). So whoever sleeps elsewhere can poll FD for reading, and need not be that thread.
 //
+// A ring takes the operations of this package and no others, for good: see restrict.
+//
 // A Ring is not safe for concurrent use; polling FD apart.
 package uring
 
@@ -37,6 +39,7 @@ var ErrOld = errors.New("io_uring is older than Linux 6.3")
 // Constants of include/uapi/linux/io_uring.h.
 const (
 	setupCQSize      = 1 << 3
+	setupDisabled    = 1 << 6
 	setupCoopTaskrun = 1 << 8
 	setupTaskrunFlag = 1 << 9
 
@@ -67,6 +70,12 @@ const (
 	registerFiles     = 2
 	unregisterFiles   = 3
 	registerProbe     = 8
+	registerRestrict  = 11
+	registerEnable    = 12
+
+	restrictRegister = 0 // the kinds of a restriction
+	restrictOp       = 1
+	restrictFlags    = 2
 	opSupported       = 1 << 0 // in a probe's flags
 
 	cqeMore  = 1 << 1
@@ -111,6 +120,14 @@ type probe struct {
 	}
 }
 
+// restriction is struct io_uring_restriction: something that is allowed.
+type restriction struct {
+	kind  uint16
+	value uint8 // an operation, one of io_uring_register(2), or flags of an operation
+	_     uint8
+	_     [3]uint32
+}
+
 // MaxBuffer is the size in bytes that a registered buffer can have.
 const MaxBuffer = 1 << 30
 
@@ -149,7 +166,7 @@ func (c Completion) Errno() syscall.Errno {
 // New returns a ring for sends requests a Submit, and room for completions completions that nobody has looked at; each at least 1. The
 // error wraps the system call's, or ErrOld.
 func New(sends, completions int) (*Ring, error) {
-	p := params{flags: setupCQSize | setupCoopTaskrun | setupTaskrunFlag, cqEntries: uint32(powerOfTwo(max(completions, sends)))}
+	p := params{flags: setupCQSize | setupCoopTaskrun | setupTaskrunFlag | setupDisabled, cqEntries: uint32(powerOfTwo(max(completions, sends)))}
 	r := &Ring{}
 	fd, err := setup(powerOfTwo(sends), &p)
 	if err != nil {
@@ -168,7 +185,28 @@ func New(sends, completions int) (*Ring, error) {
 	if err := register(r.fd, registerProbe, &r.ops, numOps); err != nil {
 		return nil, errors.Join(fmt.Errorf("asking io_uring what it can do: %w", err), r.Close())
 	}
+	if err := r.restrict(); err != nil {
+		return nil, errors.Join(fmt.Errorf("restricting io_uring to what it is for: %w", err), r.Close())
+	}
 	return r, nil
+}
+
+// restrict leaves the ring no operations but those of this package, and starts it. What goes through a ring is seen by no seccomp filter: without this, whoever
+// takes the process over could open files and sockets through it.
+func (r *Ring) restrict() error {
+	allowed := []restriction{{kind: restrictFlags, value: sqeFixedFile}}
+	for _, op := range []uint8{opWritev, opWriteFixed, opSendmsgZC, opWritevFixed} {
+		if r.can(int(op)) { // the kernel knows of no others
+			allowed = append(allowed, restriction{kind: restrictOp, value: op})
+		}
+	}
+	for _, op := range []uint8{registerBuffers, unregisterBuffers, registerFiles, unregisterFiles} {
+		allowed = append(allowed, restriction{kind: restrictRegister, value: op})
+	}
+	if err := register(r.fd, registerRestrict, &allowed[0], len(allowed)); err != nil {
+		return err
+	}
+	return register[byte](r.fd, registerEnable, nil, 0)
 }
 
 func (r *Ring) can(op int) bool { return r.ops.ops[op].flags&opSupported != 0 }
