@@ -76,7 +76,7 @@ const (
 	restrictRegister = 0 // the kinds of a restriction
 	restrictOp       = 1
 	restrictFlags    = 2
-	opSupported       = 1 << 0 // in a probe's flags
+	opSupported      = 1 << 0 // in a probe's flags
 
 	cqeMore  = 1 << 1
 	cqeNotif = 1 << 3
