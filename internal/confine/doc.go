@@ -41,5 +41,7 @@
 // # Cost
 //
 // Calls that are allowed whatever their arguments are looked up in a bitmap of the kernel's (since Linux 5.11), without running the filter. The
-// others run it: those that are frequent are never among them. BenchmarkFilter has the figures.
+// others run it: those that are frequent are never among them. BenchmarkFilter on an x86-64 virtual machine with Linux 6.18, processor time: a writev of
+// 415 ns takes 30 to 80 more with the filter, as do ppoll and futex (most of it is that calls take the kernel's slower way in at all), an fcntl of 260,
+// of which an argument is looked at, 75 more. A batch of frames is one call or none.
 package confine
