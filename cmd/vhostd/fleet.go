@@ -15,10 +15,10 @@ import (
 	"github.com/vhostd/vhostd/internal/config"
 )
 
-// fleet is what `vhostd serve` runs: the ports of a configuration, each with a goroutine that serves its front-ends.
+// fleet is what `vhostd serve` runs: the switches, uplinks and ports of a configuration, each port with a goroutine that serves its front-ends.
 //
-// The configuration that stands is that of its members, each of which has the port's part of the file that it was opened with. A file that is read
-// again is compared with that, and the difference applied: whoever is not named in it is not touched.
+// The configuration that stands is that of its parts, each of which has what it was opened with. A file that is read again is compared
+// with that, and the difference applied: whoever is not named in it is not touched.
 type fleet struct {
 	ctx   context.Context
 	path  string // of the configuration, absolute
@@ -27,17 +27,34 @@ type fleet struct {
 	start time.Time
 
 	applying sync.Mutex    // one file at a time
-	stands   config.Config // but for its ports; guarded by applying
+	stands   config.Config // but for its parts; guarded by applying
 
-	mu      sync.Mutex // innermost
-	members map[string]*member
+	mu    sync.Mutex // innermost
+	parts map[id]part
+}
+
+// id names a part.
+type id struct {
+	kind config.Kind
+	name string
+}
+
+func (i id) String() string { return string(i.kind) + " " + i.name }
+
+// part is a switch, an uplink or a port, or why it is not there.
+type part interface {
+	err() error  // why it is not there; nil: it is
+	stop() error // ends it
+	standsIn(c *config.Config, name string)
+	// change gives it what can be changed while it goes on.
+	change(f *fleet, u *understood, name string) error
 }
 
 func newFleet(ctx context.Context, path string, log *slog.Logger, level *slog.LevelVar) *fleet {
-	return &fleet{ctx: ctx, path: path, log: log, level: level, start: time.Now(), members: map[string]*member{}}
+	return &fleet{ctx: ctx, path: path, log: log, level: level, start: time.Now(), parts: map[id]part{}}
 }
 
-// begin opens the ports of the first file.
+// begin opens all that the first file has.
 func (f *fleet) begin(u *understood) {
 	f.applying.Lock()
 	defer f.applying.Unlock()
@@ -48,7 +65,7 @@ func (f *fleet) begin(u *understood) {
 	f.notify()
 }
 
-// end closes all ports.
+// end closes everything.
 func (f *fleet) end() error {
 	f.applying.Lock()
 	defer f.applying.Unlock()
@@ -56,28 +73,28 @@ func (f *fleet) end() error {
 	return errors.Join(slices.Collect(maps.Values(errs))...)
 }
 
-// all returns the members by name.
-func (f *fleet) all() map[string]*member {
+// all returns the parts.
+func (f *fleet) all() map[id]part {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return maps.Clone(f.members)
+	return maps.Clone(f.parts)
 }
 
-func (f *fleet) member(name string) *member {
+func (f *fleet) part(i id) part {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.members[name]
+	return f.parts[i]
 }
 
-// put makes m the member of that name; nil is none.
-func (f *fleet) put(name string, m *member) {
+// put makes p the part of that name; nil is none.
+func (f *fleet) put(i id, p part) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if m == nil {
-		delete(f.members, name)
+	if p == nil {
+		delete(f.parts, i)
 		return
 	}
-	f.members[name] = m
+	f.parts[i] = p
 }
 
 // reload reads the file again and applies it. An error means that nothing has changed; what went wrong in a file that is right is in the report.
@@ -108,108 +125,41 @@ func (f *fleet) reload(dry bool) (*reloadReport, error) {
 	return r, nil
 }
 
-// plan compares c with what stands. A port that could not be opened, or has ended, is to be opened whether its part of the file has changed or not.
+// plan compares c with what stands. What could not be opened, or has ended, is to be opened whether its part of the file has changed or not.
 func (f *fleet) plan(c config.Config) config.Plan {
-	old, failed := f.stands, map[string]bool{}
-	old.Ports = map[string]config.Port{}
-	for name, m := range f.all() {
-		if failed[name] = m.err() != nil; failed[name] && has(c.Ports, name) {
-			continue // as if it were not there
+	old := f.stands
+	old.Switches, old.Uplinks, old.Ports = map[string]config.Switch{}, map[string]config.Uplink{}, map[string]config.Port{}
+	for i, p := range f.all() {
+		if p.err() == nil || !wanted(&c, i) {
+			p.standsIn(&old, i.name)
 		}
-		old.Ports[name] = m.configured()
 	}
 	return config.Compare(old, c)
 }
 
-func has[K comparable, V any](m map[K]V, k K) bool { _, ok := m[k]; return ok }
-
-// apply carries out a plan.
-func (f *fleet) apply(u *understood, p config.Plan) *reloadReport {
-	r := newReloadReport(f.path, p)
-	f.close(r)
-	for i := range r.Steps {
-		s := &r.Steps[i]
-		switch s.Action {
-		case config.Change:
-			f.change(s, u)
-		case config.Reopen, config.Add:
-			f.open(s, u)
-		}
+// wanted reports whether c has such a part.
+func wanted(c *config.Config, i id) (ok bool) {
+	switch i.kind {
+	case config.KindSwitch:
+		_, ok = c.Switches[i.name]
+	case config.KindUplink:
+		_, ok = c.Uplinks[i.name]
+	default:
+		_, ok = c.Ports[i.name]
 	}
-	if slices.Contains(p.Live, "log.level") {
-		f.stands.Log.Level = u.Log.Level
-		_ = f.level.UnmarshalText([]byte(u.Log.Level)) // it was checked
-	}
-	for _, s := range r.Steps {
-		if s.Error != "" {
-			r.Failed++
-			f.log.Error("a step of the configuration failed", "step", s.Action, "port", s.Port, "error", s.Error, "stands", s.Stands)
-		}
-	}
-	return r
-}
-
-// close closes the ports that go or are to be opened anew, all at the same time: each may take as long as frames are in flight.
-func (f *fleet) close(r *reloadReport) {
-	going := map[string]*member{}
-	for _, s := range r.Steps {
-		if s.Action == config.Remove || s.Action == config.Reopen {
-			going[s.Port] = f.member(s.Port)
-		}
-	}
-	errs := f.stop(going)
-	for i := range r.Steps {
-		s := &r.Steps[i]
-		if err := errs[s.Port]; err != nil {
-			s.fail(err, "the port is closed")
-		}
-		if s.Action == config.Remove {
-			f.put(s.Port, nil)
-		}
-	}
-}
-
-// stop ends members, and returns the errors of those that have one.
-func (f *fleet) stop(members map[string]*member) map[string]error {
-	var mu sync.Mutex
-	var all sync.WaitGroup
-	errs := map[string]error{}
-	for name, m := range members {
-		all.Go(func() {
-			if err := m.stop(); err != nil {
-				mu.Lock()
-				defer mu.Unlock()
-				errs[name] = fmt.Errorf("closing port %s: %w", name, err)
-			}
-		})
-	}
-	all.Wait()
-	return errs
-}
-
-// open opens a port. A member stands for it in any case, to tell why it is not there.
-func (f *fleet) open(s *stepReport, u *understood) {
-	m := startMember(f.ctx, u.Ports[s.Port], u.settled[s.Port], f.log.With("port", s.Port))
-	f.put(s.Port, m)
-	if err := m.err(); err != nil {
-		s.fail(err, "the port is closed")
-	}
-}
-
-// change changes a port that goes on.
-func (f *fleet) change(s *stepReport, u *understood) {
-	if err := f.member(s.Port).change(u.Ports[s.Port], u.settled[s.Port].settings); err != nil {
-		s.fail(err, "the port goes on as before")
-	}
+	return ok
 }
 
 // notify tells the service manager how many ports there are.
 func (f *fleet) notify() {
-	all, failed := f.all(), 0
-	for _, m := range all {
-		if m.err() != nil {
+	ports, failed := 0, 0
+	for i, p := range f.all() {
+		if i.kind != config.KindPort {
+			continue
+		}
+		if ports++; p.err() != nil {
 			failed++
 		}
 	}
-	notify(f.log, fmt.Sprintf("STATUS=%d of %s", len(all)-failed, count(len(all), "port")))
+	notify(f.log, fmt.Sprintf("STATUS=%d of %s", ports-failed, count(ports, "port")))
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -15,13 +16,16 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/vhostd/vhostd/backend"
+	"github.com/vhostd/vhostd/internal/config"
 	"github.com/vhostd/vhostd/internal/control"
+	"github.com/vhostd/vhostd/netdev/l2switch"
 )
 
 // fleetReport is what vhostd stats shows of a `vhostd serve`.
 type fleetReport struct {
-	Daemon daemonInfo   `json:"vhostd"`
-	Ports  []portReport `json:"ports"`
+	Daemon   daemonInfo     `json:"vhostd"`
+	Switches []switchReport `json:"switches,omitempty"`
+	Ports    []portReport   `json:"ports"`
 }
 
 // portReport is one port of it. Stats are missing when it could not be opened.
@@ -29,10 +33,12 @@ type portReport struct {
 	Name   string `json:"name"`
 	State  string `json:"state"` // serving, waiting or failed
 	Error  string `json:"error,omitempty"`
-	Net    string `json:"net"`
+	Net    string `json:"net,omitempty"`
+	Switch string `json:"switch,omitempty"`
 	Socket string `json:"socket"`
 	*backend.Stats
-	User *userInfo `json:"user,omitempty"`
+	User     *userInfo           `json:"user,omitempty"`
+	Switched *l2switch.PortStats `json:"switched,omitempty"` // of a port of a switch
 }
 
 // States of a port.
@@ -44,7 +50,7 @@ const (
 
 func (m *member) report(name string) portReport {
 	conf := m.configured()
-	r := portReport{Name: name, State: waiting, Net: conf.Net, Socket: conf.SocketPath}
+	r := portReport{Name: name, State: waiting, Net: conf.Net, Switch: conf.Switch, Socket: conf.SocketPath}
 	if err := m.err(); err != nil {
 		r.State, r.Error = failed, err.Error()
 		return r
@@ -61,19 +67,36 @@ func (f *fleet) info() daemonInfo {
 	return daemonInfo{Version: buildInfo().Version, PID: os.Getpid(), Config: f.path, UptimeSeconds: time.Since(f.start).Seconds()}
 }
 
-// report takes a snapshot of all ports, in the order of their names.
+// report takes a snapshot of all switches and ports, in the order of their names.
 func (f *fleet) report() fleetReport {
 	r := fleetReport{Daemon: f.info(), Ports: []portReport{}}
-	members := f.all()
-	for _, name := range slices.Sorted(maps.Keys(members)) {
-		r.Ports = append(r.Ports, members[name].report(name))
+	parts := f.all()
+	switched := map[string]map[string]l2switch.PortStats{}
+	for _, i := range slices.SortedFunc(maps.Keys(parts), func(a, b id) int { return cmp.Compare(a.name, b.name) }) {
+		switch p := parts[i].(type) {
+		case *switchPart:
+			one := p.report(i.name)
+			r.Switches = append(r.Switches, one)
+			switched[i.name] = one.byPort()
+		case *member:
+			r.Ports = append(r.Ports, p.report(i.name))
+		}
+	}
+	for i := range r.Ports {
+		if st, ok := switched[r.Ports[i].Switch][r.Ports[i].Name]; ok {
+			r.Ports[i].Switched = &st
+		}
+	}
+	for i := range r.Switches {
+		r.Switches[i].uplinks(parts)
 	}
 	return r
 }
 
 // statsArgs are those of the control request "stats".
 type statsArgs struct {
-	Port string `json:"port"` // "": all of them
+	Port   string `json:"port,omitempty"`   // this one alone, with its queues
+	Switch string `json:"switch,omitempty"` // this one alone, with the addresses that it has learned
 }
 
 func (f *fleet) handleStats(args json.RawMessage) (any, error) {
@@ -81,15 +104,24 @@ func (f *fleet) handleStats(args json.RawMessage) (any, error) {
 	if err := control.ParseArgs(args, &a); err != nil {
 		return nil, err
 	}
-	if a.Port == "" {
-		return f.report(), nil
+	switch {
+	case a.Port != "" && a.Switch != "":
+		return nil, errors.New("a port or a switch can be asked for, not both")
+	case a.Port != "":
+		return f.reportPort(a.Port)
+	case a.Switch != "":
+		return f.reportSwitch(a.Switch)
 	}
-	m := f.member(a.Port)
-	if m == nil {
-		return nil, fmt.Errorf("there is no port %q", a.Port)
+	return f.report(), nil
+}
+
+func (f *fleet) reportPort(name string) (any, error) {
+	m, ok := f.part(id{config.KindPort, name}).(*member)
+	if !ok {
+		return nil, fmt.Errorf("there is no port %q", name)
 	}
 	if err := m.err(); err != nil {
-		return nil, fmt.Errorf("port %s is closed: %w", a.Port, err)
+		return nil, fmt.Errorf("port %s is closed: %w", name, err)
 	}
 	return m.port.report(), nil
 }
@@ -136,6 +168,11 @@ func printFleet(w io.Writer, a, before *answer) error {
 			fmt.Fprintf(w, "\nport %s is closed: %s\n", p.Name, p.Error)
 		}
 	}
+	for i := range a.Switches {
+		if _, err := fmt.Fprintf(w, "\n%s\n", &a.Switches[i]); err != nil {
+			return err
+		}
+	}
 	return printDrops(w, a.Ports)
 }
 
@@ -165,17 +202,18 @@ func bitRate(a, before *answer, p *portReport, direction string) string {
 
 // drop is a reason for which a frame is lost.
 type drop struct {
-	name  string
-	count func(q *queueStats) uint64
+	name   string
+	device bool // or the device's own reasons cover it
+	count  func(q *queueStats) uint64
 }
 
 var drops = []drop{
-	{"malformed", func(q *queueStats) uint64 { return q.Malformed }},
-	{"invalid", func(q *queueStats) uint64 { return q.Invalid }},
-	{"disabled", func(q *queueStats) uint64 { return q.Outcomes["dropped"] }},
-	{"too big", func(q *queueStats) uint64 { return q.TooBig }},
-	{"send dropped", func(q *queueStats) uint64 { return q.SendDropped }},
-	{"recv dropped", func(q *queueStats) uint64 { return q.RecvDropped }},
+	{"malformed", false, func(q *queueStats) uint64 { return q.Malformed }},
+	{"invalid", false, func(q *queueStats) uint64 { return q.Invalid }},
+	{"not enabled", true, func(q *queueStats) uint64 { return q.Outcomes["dropped"] - min(q.Outcomes["dropped"], q.SendDropped) }},
+	{"too big", false, func(q *queueStats) uint64 { return q.TooBig }},
+	{"send dropped", true, func(q *queueStats) uint64 { return q.SendDropped }},
+	{"recv dropped", true, func(q *queueStats) uint64 { return q.RecvDropped }},
 }
 
 // drops are the port's, by reason; those that did not happen are missing.
@@ -186,10 +224,13 @@ func (p *portReport) drops() map[string]uint64 {
 	}
 	for i := range p.Queues {
 		for _, d := range drops {
-			if n := d.count(&p.Queues[i]); n > 0 {
+			if n := d.count(&p.Queues[i]); n > 0 && (p.Switched == nil || !d.device) {
 				all[d.name] += n
 			}
 		}
+	}
+	if p.Switched != nil { // which knows better why
+		maps.Copy(all, p.Switched.Drops)
 	}
 	return all
 }
@@ -229,6 +270,9 @@ func (portsCollector) Describe(chan<- *prometheus.Desc) {}
 // Collect implements prometheus.Collector.
 func (c portsCollector) Collect(ch chan<- prometheus.Metric) {
 	r := c()
+	for i := range r.Switches {
+		r.Switches[i].collect(ch)
+	}
 	for _, p := range r.Ports {
 		ch <- prometheus.MustNewConstMetric(portStateDesc, prometheus.GaugeValue, truth(p.State != failed), p.Name)
 		if p.Stats == nil {

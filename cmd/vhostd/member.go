@@ -7,6 +7,7 @@ import (
 	"sync"
 
 	"github.com/vhostd/vhostd/internal/config"
+	"github.com/vhostd/vhostd/netdev"
 )
 
 // member is a port of a fleet, or why it is not there.
@@ -19,6 +20,20 @@ type member struct {
 	mu    sync.Mutex
 	conf  config.Port // as it was opened, or changed since
 	cause error       // why the port is not there
+}
+
+// openPort opens a port, on a network of its own or at a switch.
+func (f *fleet) openPort(conf config.Port, s settled) part {
+	if conf.Switch != "" {
+		s.open = func() (netdev.Device, error) {
+			sw, err := f.switchOf(conf.Switch)
+			if err != nil {
+				return nil, err
+			}
+			return sw.AddPort(s.rules)
+		}
+	}
+	return startMember(f.ctx, conf, s, f.log.With("port", conf.Name))
 }
 
 // startMember opens a port and serves it, until it is stopped or fails.
@@ -58,14 +73,14 @@ func (m *member) configured() config.Port {
 	return m.conf
 }
 
-// err tells why the port is not there; nil: it is.
 func (m *member) err() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.cause
 }
 
-// stop ends the port.
+func (m *member) standsIn(c *config.Config, name string) { c.Ports[name] = m.configured() }
+
 func (m *member) stop() error {
 	m.cancel()
 	<-m.done
@@ -75,10 +90,21 @@ func (m *member) stop() error {
 	return m.closed
 }
 
-// change gives the port what can be changed while it goes on.
-func (m *member) change(conf config.Port, s settings) error {
-	if err := ownSocket(s); err != nil {
-		return err
+func (m *member) change(f *fleet, u *understood, name string) error {
+	conf, s := u.Ports[name], u.ports[name]
+	if conf.Switch != "" {
+		sw, err := f.switchOf(conf.Switch)
+		if err != nil {
+			return err
+		}
+		if err := sw.Update(s.rules); err != nil {
+			return err
+		}
+	}
+	if !conf.Client { // then the socket is the VMM's
+		if err := ownSocket(s.settings); err != nil {
+			return err
+		}
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -35,6 +37,17 @@ type stepReport struct {
 }
 
 func (s *stepReport) fail(err error, stands string) { s.Error, s.Stands = err.Error(), stands }
+
+// steps are those with some actions.
+func (r *reloadReport) steps(actions ...config.Action) iter.Seq[*stepReport] {
+	return func(yield func(*stepReport) bool) {
+		for i := range r.Steps {
+			if s := &r.Steps[i]; slices.Contains(actions, s.Action) && !yield(s) {
+				return
+			}
+		}
+	}
+}
 
 func newReloadReport(path string, p config.Plan) *reloadReport {
 	r := &reloadReport{Config: path, Steps: []stepReport{}, Unchanged: p.Unchanged, Changed: p.Live, Restart: p.Restart}
@@ -120,7 +133,7 @@ func (r reloadReport) String() string {
 		if s.Error != "" {
 			what = "FAILED to " + string(s.Action)
 		}
-		fmt.Fprintf(&b, "port %s %s", s.Port, what)
+		fmt.Fprintf(&b, "%v %s", s.id(), what)
 		if len(s.Keys) > 0 {
 			fmt.Fprintf(&b, " (%s)", strings.Join(s.Keys, ", "))
 		}
@@ -135,6 +148,6 @@ func (r reloadReport) String() string {
 	for _, key := range r.Restart {
 		fmt.Fprintf(&b, "%s NEEDS A RESTART\n", key)
 	}
-	fmt.Fprintf(&b, "%s unchanged\n", count(r.Unchanged, "port"))
+	fmt.Fprintf(&b, "%d unchanged\n", r.Unchanged)
 	return b.String()
 }

@@ -210,10 +210,10 @@ func TestReload(t *testing.T) {
 	want := reloadReport{
 		Config: m.file(), Unchanged: 1, Changed: []string{"log.level"},
 		Steps: []stepReport{
-			{Step: config.Step{Action: config.Remove, Port: "gone"}},
-			{Step: config.Step{Action: config.Reopen, Port: "mtu", Keys: []string{"mtu"}}},
-			{Step: config.Step{Action: config.Change, Port: "mode", Keys: []string{"socket-mode"}}},
-			{Step: config.Step{Action: config.Add, Port: "comes"}},
+			{Step: config.Step{Action: config.Remove, Kind: config.KindPort, Name: "gone"}},
+			{Step: config.Step{Action: config.Reopen, Kind: config.KindPort, Name: "mtu", Keys: []string{"mtu"}}},
+			{Step: config.Step{Action: config.Change, Kind: config.KindPort, Name: "mode", Keys: []string{"socket-mode"}}},
+			{Step: config.Step{Action: config.Add, Kind: config.KindPort, Name: "comes"}},
 		},
 	}
 	plan, got := m.reload(t, "--dry-run")
@@ -296,7 +296,7 @@ func TestReloadHalfFailed(t *testing.T) {
 	m.write(t, "[port.a]\n[port.b]\n[port.c]\n[log]\nformat = \"json\"\n")
 	r, got := m.reload(t)
 	if got.code != exitFailure || !strings.Contains(got.stderr, "1 step of 2 failed") || r.Failed != 1 || len(r.Steps) != 2 ||
-		!strings.Contains(r.Steps[0].Error, "in use by another process") || r.Steps[0].Stands != "the port is closed" || r.Steps[1].Error != "" {
+		!strings.Contains(r.Steps[0].Error, "in use by another process") || r.Steps[0].Stands != "it is closed" || r.Steps[1].Error != "" {
 		t.Fatalf("%+v", got)
 	}
 	if st := m.stats(t); st["b"].State != failed || !strings.Contains(st["b"].Error, "in use") || st["c"].State != waiting || st["b"].Stats != nil {
@@ -310,7 +310,7 @@ func TestReloadHalfFailed(t *testing.T) {
 	}
 	taken.Close()
 	r, got = m.reload(t)
-	if len(r.Steps) != 1 || r.Steps[0].Port != "b" || r.Failed != 0 || r.Unchanged != 2 {
+	if len(r.Steps) != 1 || r.Steps[0].Name != "b" || r.Failed != 0 || r.Unchanged != 2 {
 		t.Errorf("the next time: %+v", got)
 	}
 	if got.code != exitFailure || !strings.Contains(got.stderr, "a restart is needed: log.format") {

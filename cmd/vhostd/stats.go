@@ -23,7 +23,7 @@ const statsTimeout = 10 * time.Second
 
 type statsFlags struct {
 	where       address
-	port        string
+	port, sw    string
 	json, watch bool
 	interval    time.Duration
 }
@@ -91,6 +91,7 @@ func newStats() *cobra.Command {
 	fs.SortFlags = false
 	f.where.register(fs, true)
 	fs.StringVar(&f.port, "port", "", "of a vhostd serve, the port `name` alone, with its queues")
+	fs.StringVar(&f.sw, "switch", "", "of a vhostd serve, the switch `name` alone, with the addresses that it has learned")
 	fs.BoolVar(&f.json, "json", false, "print JSON; with --watch one object a line")
 	fs.BoolVar(&f.watch, "watch", false, "go on until interrupted, with rates")
 	fs.DurationVar(&f.interval, "interval", time.Second, "time between two looks with --watch")
@@ -127,15 +128,17 @@ func (f statsFlags) show(ctx context.Context, path string, w io.Writer) error {
 // answer is that of a `vhostd run`, or of a `vhostd serve`: then it has Ports, unless one was asked for.
 type answer struct {
 	report
-	Ports []portReport `json:"ports"`
+	Switches []switchReport `json:"switches"`
+	Ports    []portReport   `json:"ports"`
+	Switch   *switchReport  `json:"switch"` // that was asked for
 }
 
 func (f statsFlags) once(ctx context.Context, c *control.Client, before *answer, w io.Writer) (*answer, error) {
 	ctx, cancel := context.WithTimeout(ctx, statsTimeout)
 	defer cancel()
 	var args any
-	if f.port != "" {
-		args = statsArgs{f.port}
+	if f.port != "" || f.sw != "" {
+		args = statsArgs{f.port, f.sw}
 	}
 	var raw json.RawMessage
 	if err := c.Call(ctx, "stats", args, &raw); err != nil {
@@ -160,10 +163,12 @@ func (f statsFlags) once(ctx context.Context, c *control.Client, before *answer,
 
 // print prints for people. before is an earlier answer to make rates from, or nil.
 func (a *answer) print(w io.Writer, before *answer) error {
-	if a.Ports != nil {
+	switch {
+	case a.Switch != nil:
+		return a.Switch.print(w)
+	case a.Ports != nil:
 		return printFleet(w, a, before)
-	}
-	if before == nil {
+	case before == nil:
 		return printReport(w, a.report, nil)
 	}
 	return printReport(w, a.report, &before.report)

@@ -7,18 +7,20 @@ import (
 
 	"github.com/vhostd/vhostd/backend"
 	"github.com/vhostd/vhostd/internal/config"
+	"github.com/vhostd/vhostd/netdev/l2switch"
 )
 
 // understood is a configuration in which nothing is wrong that can be told without doing it.
 type understood struct {
 	config.Config
-	settled map[string]settled // by port
+	ports, uplinks map[string]settled
 }
 
-// settled is a port that is ready to be opened.
+// settled is a port or an uplink that is ready to be opened.
 type settled struct {
 	settings
-	open opener
+	open  opener              // nil: a port of a switch
+	rules l2switch.PortConfig // of one
 }
 
 // understand reads a file. What is wrong in it is one error, with a line for each.
@@ -27,20 +29,38 @@ func understand(path string) (*understood, error) {
 	if err != nil {
 		return nil, err
 	}
-	u := &understood{Config: file.Config, settled: map[string]settled{}}
+	u := &understood{Config: file.Config, ports: map[string]settled{}, uplinks: map[string]settled{}}
 	for name, p := range u.Ports {
-		s := portSettings(p)
-		blame(file, "port."+name, s.parse())
-		if s.net != "" {
-			open, err := parseDevice(&s)
-			blame(file, "port."+name, err)
-			u.settled[name] = settled{s, open}
-		}
+		u.ports[name] = settle(file, "port."+name, portSettings(p))
+	}
+	for name, up := range u.Uplinks {
+		u.uplinks[name] = settle(file, "uplink."+name, uplinkSettings(up))
 	}
 	if err := file.Err(); err != nil {
 		return nil, fmt.Errorf("the configuration is refused:\n%w", err)
 	}
+	for name, s := range u.ports {
+		if p := u.Ports[name]; p.Switch != "" {
+			s.rules = portRules(name, s.queues, s.mtu, p.Rules)
+			u.ports[name] = s
+		}
+	}
+	for name, s := range u.uplinks {
+		s.rules = portRules(name, 0, u.Uplinks[name].MTU, u.Uplinks[name].Rules)
+		u.uplinks[name] = s
+	}
 	return u, nil
+}
+
+// settle understands what can be understood of a port by itself.
+func settle(file *config.File, path string, s settings) settled {
+	blame(file, path, s.parse())
+	if s.net == "" {
+		return settled{settings: s}
+	}
+	open, err := parseDevice(&s)
+	blame(file, path, err)
+	return settled{settings: s, open: open}
 }
 
 // portSettings are a port's settings, as yet without those that have to be parsed.
@@ -54,6 +74,11 @@ func portSettings(p config.Port) settings {
 		s.poll = backend.DefaultPoll
 	}
 	return s
+}
+
+// uplinkSettings are the part of settings that is about a network.
+func uplinkSettings(u config.Uplink) settings {
+	return settings{flags: flags{net: u.Net, mtu: u.MTU, queues: u.Queues, zerocopy: u.ZeroCopy, noBalloon: u.NoBalloon, fd: -1, logLevel: "info"}}
 }
 
 // blame takes note of faults, or several that were joined.

@@ -35,7 +35,10 @@ type Config struct {
 	Log     Log
 	Control Control
 	Metrics Metrics
-	Ports   map[string]Port // by name
+	// By name:
+	Switches map[string]Switch
+	Uplinks  map[string]Uplink
+	Ports    map[string]Port
 }
 
 // File is a Config with what is wrong about it.
@@ -65,7 +68,10 @@ func Load(path string) (*File, error) {
 
 // Parse reads a text; name stands for it in errors.
 func Parse(name string, text []byte) *File {
-	f := &File{Name: name, Config: Config{Log: defaultLog, Control: defaultControl, Ports: map[string]Port{}}}
+	f := &File{Name: name, Config: Config{
+		Log: defaultLog, Control: defaultControl,
+		Switches: map[string]Switch{}, Uplinks: map[string]Uplink{}, Ports: map[string]Port{},
+	}}
 	var tables map[string]any
 	if err := toml.NewDecoder(bytes.NewReader(text)).Decode(&tables); err != nil {
 		f.syntax(err)
@@ -87,7 +93,7 @@ func (f *File) syntax(err error) {
 }
 
 // sections are the tables at the top of a file.
-var sections = []string{"log", "control", "metrics", "defaults", "port"}
+var sections = []string{"log", "control", "metrics", "defaults", "switch", "uplink", "port"}
 
 func (f *File) read(tables map[string]any) {
 	for name, v := range tables {
@@ -104,6 +110,17 @@ func (f *File) read(tables map[string]any) {
 	logKeys.read(f, "log", table("log"), &f.Log)
 	controlKeys.read(f, "control", table("control"), &f.Control)
 	metricsKeys.read(f, "metrics", table("metrics"), &f.Metrics)
+	f.named("switch", table("switch"), func(name, path string, keys map[string]any) {
+		s := Switch{Name: name}
+		switchKeys.read(f, path, keys, &s)
+		f.Switches[name] = s
+	})
+	f.named("uplink", table("uplink"), func(name, path string, keys map[string]any) {
+		u := defaultUplink
+		u.Name = name
+		uplinkKeys.read(f, path, keys, &u)
+		f.Uplinks[name] = u
+	})
 	defaults := defaultPort
 	portKeys.without("mac").read(f, "defaults", table("defaults"), &defaults)
 	f.named("port", table("port"), func(name, path string, keys map[string]any) {

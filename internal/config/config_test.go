@@ -61,7 +61,7 @@ socket-mode = "0600"
 	vm3.ZeroCopy, vm3.NoBalloon, vm3.SocketMode = "off", true, "0600"
 	want := Config{
 		Log: Log{Format: "text", Level: "debug"}, Control: Control{Socket: "none"}, Metrics: Metrics{Listen: "127.0.0.1:9100", Profiles: true},
-		Ports: map[string]Port{"vm1": vm1, "vm2": vm2, "vm-3": vm3},
+		Switches: map[string]Switch{}, Uplinks: map[string]Uplink{}, Ports: map[string]Port{"vm1": vm1, "vm2": vm2, "vm-3": vm3},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("-want +got\n%s", diff)
@@ -77,6 +77,9 @@ func TestEmpty(t *testing.T) {
 
 // good is what stands before the line that each case of TestProblems is about: that is line 4.
 const good = "[port.vm1]\nnet = \"null\"\nsocket-path = \"/run/vm1.sock\"\n"
+
+// at is the same for a port that is to be at a switch.
+const at = "[switch.lan]\n[port.vm1]\nsocket-path = \"/run/vm1.sock\"\n"
 
 // TestProblems has every kind of mistake, and the line that it is told with.
 func TestProblems(t *testing.T) {
@@ -115,11 +118,31 @@ func TestProblems(t *testing.T) {
 		{good + "[control]\nsocket = \"/run/vm1.sock\"", `3: port.vm1.socket-path: /run/vm1.sock is control.socket's as well`},
 		{good + "[defaults]\nmac = \"52:54:00:00:00:01\"", `5: defaults.mac: unknown key`},
 		{good + "[defaults]\nmtu = 1", `5: defaults.mtu: want a number`},
-		{good + `[port.vm2]`, `4: port.vm2: net is missing`},
+		{good + `[port.vm2]`, `4: port.vm2: net or switch is missing: which network the guest is on`},
 		{good + `[port.vm2]`, `4: port.vm2: socket-path is missing`},
 		{good + "[port.vm2]\nnet = \"null\"\nsocket-path = \"/run/vm1.sock\"", `6: port.vm2.socket-path: /run/vm1.sock is port.vm1's as well`},
 		{good + `[port."vm 2"]`, `4: port.vm 2: "vm 2" is no name: want 1 to 64 letters, digits, - and _`},
 		{good + `[port.` + strings.Repeat("x", 65) + `]`, `4: port.` + strings.Repeat("x", 65) + `: "x`},
+		{good + `switch = "lan"`, `4: port.vm1.switch: a port is on a network of its own (net) or at a switch, not both`},
+		{good + `vlan.access = 10`, `4: port.vm1.vlan.access: is for ports of a switch, and this one has a network of its own`},
+		{good + "[port.vm1.guard]\nip = [\"10.0.0.1\"]", `5: port.vm1.guard.ip: is for ports of a switch`},
+		{good + `guard.mca = []`, `4: port.vm1.guard.mca: unknown key: did you mean guard.mac?`},
+		{good + `vlan = 10`, `4: port.vm1.vlan: unknown key`},
+		{good + "[defaults]\nnet = \"null\"\nswitch = \"a\"", `6: defaults.switch: is for ports that are at a switch, and net for the others: say one of them`},
+		{at + `switch = "lam"`, `4: port.vm1.switch: there is no switch "lam": did you mean lan?`},
+		{good + "[uplink.up]\nnet = \"null\"\nswitch = \"lan\"", `6: uplink.up.switch: there is no switch "lan", nor any other`},
+		{at + "switch = \"lan\"\nhostfwd = [\"x\"]", `5: port.vm1.hostfwd: is for ports with a network of their own, and this one is at a switch`},
+		{at + "switch = \"lan\"\nvlan.access = 4095", `5: port.vm1.vlan.access: want a number from 1 to 4094, not 4095`},
+		{at + "switch = \"lan\"\nvlan.trunk = [\"10-9\"]", `5: port.vm1.vlan.trunk: element 1: want a VLAN from 1 to 4094, or a range like 10-20, not "10-9"`},
+		{at + "switch = \"lan\"\nvlan.trunk = [\"9\"]\nvlan.access = 3", `6: port.vm1.vlan.access: a port is either an access port or a trunk`},
+		{at + "switch = \"lan\"\nguard.mac = [\"01:00:5e:00:00:01\"]", `5: port.vm1.guard.mac: element 1: want an address of one station`},
+		{at + "switch = \"lan\"\nguard.mac = [\"00:00:00:00:00:00\"]", `5: port.vm1.guard.mac: element 1: all zero is no address`},
+		{at + "switch = \"lan\"\nguard.ip = [\"10.0.0\"]", `5: port.vm1.guard.ip: element 1: want an address or a prefix, like "10.0.0.5" and "fd00::/64", not "10.0.0"`},
+		{at + "switch = \"lan\"\nfrom-guest.frames = -1", `5: port.vm1.from-guest.frames: want 0 or more, not -1`},
+		{at + "switch = \"lan\"\n[uplink.up]\n", `5: uplink.up: net is missing: which network the switch is joined to`},
+		{at + "switch = \"lan\"\n[uplink.up]\n", `5: uplink.up: switch is missing: which one is joined to the network`},
+		{at + "switch = \"lan\"\n[uplink.vm1]\nswitch = \"lan\"\nnet = \"null\"", `5: uplink.vm1: switch lan has a port of that name: choose another`},
+		{at + "switch = \"lan\"\n[switch.b]\nageing = \"1ms\"", `6: switch.b.ageing: want a duration from 1s to 24h0m0s, not "1ms"`},
 		{"[port]\nnet = \"null\"", `2: port.net: unknown key: what stands in [port] are tables, [port.NAME]`},
 		{"port = 3", `1: port: want a table, [port]`},
 		{"\n\nport.vm1 = { net = \"null\", socket-path = \"/a\",\n mtu = 3 }", `4: port.vm1.mtu: want a number`},
@@ -213,10 +236,10 @@ socket-path = "/gone"
 `)
 	want := Plan{
 		Steps: []Step{
-			{Action: Remove, Port: "gone"},
-			{Action: Reopen, Port: "mtu", Keys: []string{"mtu", "socket-mode"}},
-			{Action: Change, Port: "mode", Keys: []string{"socket-group"}},
-			{Action: Add, Port: "comes"},
+			{Action: Remove, Kind: KindPort, Name: "gone"},
+			{Action: Reopen, Kind: KindPort, Name: "mtu", Keys: []string{"mtu", "socket-mode"}},
+			{Action: Change, Kind: KindPort, Name: "mode", Keys: []string{"socket-group"}},
+			{Action: Add, Kind: KindPort, Name: "comes"},
 		},
 		Unchanged: 1, Live: []string{"log.level"}, Restart: []string{"log.format", "metrics.listen"},
 	}
@@ -225,6 +248,35 @@ socket-path = "/gone"
 	}
 	if p := Compare(now, now); len(p.Steps) != 0 || p.Unchanged != 4 || p.Live != nil || p.Restart != nil {
 		t.Errorf("a file against itself: %+v", p)
+	}
+}
+
+// TestCompareSwitches: rules change in place; a switch that changes takes with it what hangs on it, and nothing else.
+func TestCompareSwitches(t *testing.T) {
+	const ports = "[port.a]\nswitch = \"x\"\n[port.b]\nswitch = \"y\"\n[uplink.u]\nnet = \"null\"\nswitch = \"x\"\n[defaults]\nsocket-path = \"/{port}\"\n"
+	old := parse(t, "[switch.x]\n[switch.y]\n"+ports)
+	for _, c := range []struct {
+		text string
+		want []Step
+	}{
+		{"[switch.x]\n[switch.y]\nmtu = 9000\n" + ports, []Step{
+			{Action: Reopen, Kind: KindSwitch, Name: "y", Keys: []string{"mtu"}}, {Action: Reopen, Kind: KindPort, Name: "b", Keys: []string{"switch.y"}},
+		}},
+		{"[switch.x]\nhold = \"1ms\"\n[switch.y]\n" + ports + "isolated = true\n", []Step{
+			{Action: Reopen, Kind: KindSwitch, Name: "x", Keys: []string{"hold"}}, {Action: Reopen, Kind: KindUplink, Name: "u", Keys: []string{"switch.x"}},
+			{Action: Reopen, Kind: KindPort, Name: "a", Keys: []string{"switch.x", "isolated"}}, {Action: Change, Kind: KindPort, Name: "b", Keys: []string{"isolated"}},
+		}},
+		{"[switch.x]\n[switch.y]\n" + strings.Replace(ports, `net = "null"`, "net = \"null\"\nvlan.trunk = [\"1-10\"]", 1), []Step{
+			{Action: Change, Kind: KindUplink, Name: "u", Keys: []string{"vlan.trunk"}},
+		}},
+		{"[switch.y]\n" + strings.Replace(ports[:strings.Index(ports, "[uplink")], `"x"`, `"y"`, 1) + "[defaults]\nsocket-path = \"/{port}\"\n", []Step{
+			{Action: Remove, Kind: KindSwitch, Name: "x"}, {Action: Remove, Kind: KindUplink, Name: "u"},
+			{Action: Reopen, Kind: KindPort, Name: "a", Keys: []string{"switch"}},
+		}},
+	} {
+		if diff := cmp.Diff(c.want, Compare(old, parse(t, c.text)).Steps); diff != "" {
+			t.Errorf("%s\n-want +got\n%s", c.text, diff)
+		}
 	}
 }
 

@@ -114,6 +114,9 @@ func (k *key[T]) text(field *string, v any) error {
 
 func (k *key[T]) number(v any) (int, error) {
 	n, ok := v.(int64)
+	if k.hi == unbounded && k.lo == 0 && (!ok || n < 0) {
+		return 0, fmt.Errorf("want 0 or more, not %s", strings.TrimPrefix(typeOf(v), "the number "))
+	}
 	if !ok {
 		return 0, fmt.Errorf("want a number from %d to %d, not %s", k.lo, k.hi, typeOf(v))
 	}

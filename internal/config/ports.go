@@ -16,7 +16,8 @@ type Port struct {
 	Client      bool
 	SocketMode  string
 	SocketGroup string
-	Net         string
+	Net         string // or
+	Switch      string
 	Hostfwd     []string
 	MAC         string
 	MTU         int // bytes; 0: the device's
@@ -25,6 +26,7 @@ type Port struct {
 	ZeroCopy    string
 	NoBalloon   bool
 	Disable     []string // features
+	Rules                // of a port of a switch
 }
 
 // Bounds of numbers.
@@ -40,12 +42,13 @@ var defaultPort = Port{ZeroCopy: "auto", Poll: PollDefault}
 // PollDefault stands for the default of `vhostd run`.
 const PollDefault time.Duration = -1
 
-var portKeys = keys[Port]{
+var portKeys = append(keys[Port]{
 	{name: "socket-path", form: "a path", field: func(p *Port) any { return &p.SocketPath }},
 	{name: "client", form: "true or false", field: func(p *Port) any { return &p.Client }},
 	{name: "socket-mode", form: `octal permissions like "0660"`, field: func(p *Port) any { return &p.SocketMode }, live: true},
 	{name: "socket-group", form: "a group's name or number", field: func(p *Port) any { return &p.SocketGroup }, live: true},
 	{name: "net", form: "a network as --net has it", field: func(p *Port) any { return &p.Net }},
+	{name: "switch", form: "the name of a switch", field: func(p *Port) any { return &p.Switch }},
 	{name: "hostfwd", form: "forwards as --hostfwd has them", field: func(p *Port) any { return &p.Hostfwd }},
 	{name: "mac", form: "an address like 52:54:00:12:34:56", field: func(p *Port) any { return &p.MAC }},
 	{name: "mtu", form: "bytes", field: func(p *Port) any { return &p.MTU }, lo: minMTU, hi: maxMTU},
@@ -54,7 +57,13 @@ var portKeys = keys[Port]{
 	{name: "zerocopy", form: `"auto", "on" or "off"`, field: func(p *Port) any { return &p.ZeroCopy }, check: oneOf("auto", "on", "off")},
 	{name: "no-balloon", form: "true or false", field: func(p *Port) any { return &p.NoBalloon }},
 	{name: "disable-features", form: "names of features", field: func(p *Port) any { return &p.Disable }},
-}
+}, rulesOf(func(p *Port) *Rules { return &p.Rules })...)
+
+// networkKeys belong to ports of a network, and not to those of a switch.
+var networkKeys = []string{"hostfwd", "no-balloon"}
+
+// ruleKeys belong to ports of a switch.
+var ruleKeys = rulesOf(func(r *Rules) *Rules { return r }).names()
 
 // placeholder stands for the port's name in paths and networks, so that [defaults] can say where all sockets are.
 const placeholder = "{port}"
@@ -67,21 +76,23 @@ func (p *Port) expand() {
 
 // clone is p with lists of its own.
 func (p Port) clone() Port {
-	p.Hostfwd, p.Disable = slices.Clone(p.Hostfwd), slices.Clone(p.Disable)
+	p.Hostfwd, p.Disable, p.Rules = slices.Clone(p.Hostfwd), slices.Clone(p.Disable), p.Rules.clone()
 	return p
 }
 
 // check looks at what one key does not tell.
 func (f *File) check() {
+	f.checkUplinks()
+	if f.lines["defaults.net"] > 0 && f.lines["defaults.switch"] > 0 {
+		f.Blame("defaults.switch", errors.New("is for ports that are at a switch, and net for the others: say one of them"))
+	}
 	sockets := map[string]string{}
 	if f.Control.Socket != ControlNone {
 		sockets[f.Control.Socket] = "control.socket"
 	}
 	for _, name := range slices.Sorted(maps.Keys(f.Ports)) {
 		p, path := f.Ports[name], "port."+name
-		if p.Net == "" && !f.says(path, "net") {
-			f.Blame(path, errors.New("net is missing: which network the guest is on"))
-		}
+		f.checkNetwork(path, &p)
 		if p.SocketPath == "" {
 			if !f.says(path, "socket-path") {
 				f.Blame(path, errors.New("socket-path is missing: where the VMM is to connect"))
@@ -92,6 +103,35 @@ func (f *File) check() {
 			f.Blame(path+".socket-path", fmt.Errorf("%s is %s's as well", p.SocketPath, other))
 		}
 		sockets[p.SocketPath] = path
+	}
+}
+
+// checkNetwork checks that a port is on a network or at a switch, and has no keys of the other kind. Where [defaults] say one and the port the other, the
+// port has the last word.
+func (f *File) checkNetwork(path string, p *Port) {
+	own := func(key string) bool { return f.lines[path+"."+key] > 0 }
+	switch {
+	case own("net") && own("switch"):
+		f.Blame(path+".switch", errors.New("a port is on a network of its own (net) or at a switch, not both"))
+	case !f.says(path, "net") && !f.says(path, "switch"):
+		f.Blame(path, errors.New("net or switch is missing: which network the guest is on"))
+	case own("net"), f.lines["defaults.switch"] == 0 && !own("switch"):
+		f.foreign(path, ruleKeys, "is for ports of a switch, and this one has a network of its own")
+		p.Switch, p.Rules = "", Rules{}
+	default:
+		f.foreign(path, networkKeys, "is for ports with a network of their own, and this one is at a switch")
+		p.Net, p.Hostfwd, p.NoBalloon = "", nil, false
+		f.checkRules(path, p.Switch, &p.Rules)
+	}
+	f.Ports[p.Name] = *p
+}
+
+// foreign finds keys of a port that mean nothing there.
+func (f *File) foreign(path string, keys []string, why string) {
+	for _, key := range keys {
+		if f.lines[path+"."+key] > 0 {
+			f.Blame(path+"."+key, errors.New(why))
+		}
 	}
 }
 

@@ -1,0 +1,215 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vhostd/vhostd/internal/config"
+	"github.com/vhostd/vhostd/internal/vhosttest"
+	"github.com/vhostd/vhostd/virtio"
+)
+
+// switchHead is head for ports that are at a switch.
+var switchHead = strings.Replace(head, `net = "null,echo=on"`, `switch = "lan"`, 1)
+
+// writeSwitch makes a new configuration whose ports are at the switch lan.
+func (m *many) writeSwitch(t *testing.T, text string) {
+	t.Helper()
+	if err := os.WriteFile(m.file(), []byte(strings.ReplaceAll(switchHead+text, "DIR", m.dir)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func startSwitch(t *testing.T, text string) *many {
+	t.Helper()
+	m := startMany(t, "")
+	m.writeSwitch(t, text)
+	if _, got := m.reload(t); got.code != exitOK {
+		t.Fatalf("%+v", got)
+	}
+	return m
+}
+
+// ethernet is a frame of Ethernet with a number in it, from a station's address, whose last byte is src, to another's or (0xff) all.
+func ethernet(src, dst byte, n uint64) []byte {
+	f := vhosttest.Frame(n, 100)
+	copy(f, []byte{0x52, 0x54, 0, 0, 0, dst, 0x52, 0x54, 0, 0, 0, src})
+	if dst == 0xff {
+		copy(f, "\xff\xff\xff\xff\xff\xff")
+	}
+	return f
+}
+
+func send(t *testing.T, g *vhosttest.Guest, f []byte) {
+	t.Helper()
+	if err := g.Send(0, virtio.NetHdr{}, f, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Transmitq(0).Settle(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// gets checks which frame is the next that comes.
+func gets(t *testing.T, g *vhosttest.Guest, want []byte) {
+	t.Helper()
+	if _, got, err := g.Recv(0, patience); err != nil || string(got) != string(want) {
+		t.Fatalf("got %x, %v, want %x", got, err, want)
+	}
+}
+
+func (m *many) guest(t *testing.T, port string) *vhosttest.Guest {
+	t.Helper()
+	return vhosttest.Start(t, nil, vhosttest.Options{Path: m.socket(port)})
+}
+
+// switchStats asks for one switch.
+func (m *many) switchStats(t *testing.T, name string) switchReport {
+	t.Helper()
+	got := command(t, "stats", "--config", m.file(), "--switch", name, "--json")
+	var a answer
+	if err := json.Unmarshal([]byte(got.stdout), &a); err != nil || a.Switch == nil {
+		t.Fatalf("%v in %+v", err, got)
+	}
+	return *a.Switch
+}
+
+// TestServeSwitch: guests on a switch talk to each other, its rules are those of the file, and its counters are told.
+func TestServeSwitch(t *testing.T) {
+	m := startSwitch(t, "[switch.lan]\nmtu = 1500\n[metrics]\n[port.a]\n[port.b]\nguard.mac = [\"52:54:00:00:00:0b\"]\n[port.c]\nvlan.access = 7\n")
+	a, b, c := m.guest(t, "a"), m.guest(t, "b"), m.guest(t, "c")
+	send(t, a, ethernet(0xa, 0xff, 1))
+	gets(t, b, ethernet(0xa, 0xff, 1))
+	send(t, b, ethernet(0xb, 0xa, 2))
+	gets(t, a, ethernet(0xb, 0xa, 2))
+	send(t, b, ethernet(0xd, 0xa, 3)) // an address that is not its own
+	send(t, b, ethernet(0xb, 0xa, 4))
+	gets(t, a, ethernet(0xb, 0xa, 4))
+	if _, f, err := c.Recv(0, 0); err == nil {
+		t.Errorf("a port of another VLAN got %x", f)
+	}
+	sw := m.switchStats(t, "lan")
+	if sw.Addresses != 2 || len(sw.Ports) != 3 || sw.Ports[1].Drops["mac"] != 1 || len(sw.Learned) != 2 ||
+		sw.Learned[0].Port != "a" || sw.Learned[0].MAC != "52:54:00:00:00:0a" || sw.Learned[0].VLAN != 1 {
+		t.Errorf("%+v", sw)
+	}
+	if p := m.stats(t)["b"]; p.Switch != "lan" || p.Switched == nil || p.Switched.Drops["mac"] != 1 || p.dropped() != 1 {
+		t.Errorf("%+v", p)
+	}
+	table := command(t, "stats", "--config", m.file()).stdout
+	for _, want := range []string{"switch lan: 3 ports, 2 of 8192 addresses learned", "   b              mac       1"} {
+		if !strings.Contains(table, want) {
+			t.Errorf("no %q in\n%s", want, table)
+		}
+	}
+	one := command(t, "stats", "--config", m.file(), "--switch", "lan").stdout
+	for _, want := range []string{"52:54:00:00:00:0b", "mac 1"} {
+		if !strings.Contains(one, want) {
+			t.Errorf("no %q in\n%s", want, one)
+		}
+	}
+	if got := command(t, "stats", "--config", m.file(), "--switch", "lam"); !strings.Contains(got.stderr, `there is no switch "lam"`) {
+		t.Errorf("%+v", got)
+	}
+}
+
+// TestServeSwitchMetrics: the drops of a port of a switch, by reason.
+func TestServeSwitchMetrics(t *testing.T) {
+	m := startMany(t, "[metrics]\nlisten = \"127.0.0.1:0\"\n[switch.lan]\n[port.echo]\n")
+	m.writeSwitch(t, "[metrics]\nlisten = \"127.0.0.1:0\"\n[switch.lan]\n[port.a]\nisolated = true\n[port.b]\nisolated = true\n")
+	if _, got := m.reload(t); got.code != exitOK {
+		t.Fatalf("%+v", got)
+	}
+	a := m.guest(t, "a")
+	send(t, m.guest(t, "b"), ethernet(0xb, 0xff, 1))
+	send(t, a, ethernet(0xa, 0xb, 1))
+	code, text := get(t, metricsURL(t, m.process)+"/metrics")
+	for _, want := range []string{
+		`vhostd_switch_open{switch="lan"} 1`, `vhostd_switch_addresses{switch="lan"} 2`, `vhostd_switch_port_addresses{port="a",switch="lan"} 1`,
+		`vhostd_switch_port_dropped_total{port="a",reason="isolated",switch="lan"} 1`,
+	} {
+		if code != http.StatusOK || !strings.Contains(text, "\n"+want) {
+			t.Errorf("no %s in the metrics", want)
+		}
+	}
+}
+
+// TestReloadSwitch: rules change while frames flow, an address moves from one port to another, and a switch that changes takes its ports with it.
+func TestReloadSwitch(t *testing.T) {
+	const two = "[switch.lan]\n[switch.other]\n[port.a]\n[port.b]\n"
+	m := startSwitch(t, two+"guard.mac = [\"52:54:00:00:00:0b\"]\n[port.c]\nswitch = \"other\"\n")
+	a, b := m.guest(t, "a"), m.guest(t, "b")
+	c := m.guest(t, "c")
+	send(t, b, ethernet(0xb, 0xff, 1))
+	gets(t, a, ethernet(0xb, 0xff, 1))
+	m.writeSwitch(t, strings.Replace(two, "[port.a]\n", "[port.a]\nguard.mac = [\"52:54:00:00:00:0b\"]\n", 1)+"[port.c]\nswitch = \"other\"\n")
+	r, got := m.reload(t)
+	if got.code != exitOK || len(r.Steps) != 2 || r.Steps[0].Action != config.Change || r.Steps[1].Action != config.Change || r.Unchanged != 3 {
+		t.Fatalf("%+v", got)
+	}
+	send(t, a, ethernet(0xb, 0xff, 2)) // now its own
+	gets(t, b, ethernet(0xb, 0xff, 2))
+	m.writeSwitch(t, strings.Replace(two, "[switch.lan]\n", "[switch.lan]\nmax-addresses = 100\n", 1)+"[port.c]\nswitch = \"other\"\n")
+	if r, got = m.reload(t); got.code != exitOK || len(r.Steps) != 3 || r.Unchanged != 2 {
+		t.Fatalf("%+v", got)
+	}
+	if _, err := a.FE.GetFeatures(); err == nil {
+		t.Error("the switch was opened anew, and a front-end at it not disconnected")
+	}
+	if _, err := c.FE.GetFeatures(); err != nil {
+		t.Errorf("a port of another switch was opened anew: %v", err)
+	}
+	a.Reconnect()
+	b.Reconnect()
+	send(t, a, ethernet(0xa, 0xff, 3))
+	gets(t, b, ethernet(0xa, 0xff, 3))
+	if st := m.stats(t); st["c"].Sessions != 1 || m.switchStats(t, "lan").MaxAddresses != 100 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// TestServeUplinks: two switches are joined by a cable of two uplinks; one of them goes and comes back.
+func TestServeUplinks(t *testing.T) {
+	cable := func(n int) string {
+		return fmt.Sprintf("[uplink.there]\nswitch = \"lan\"\nnet = \"dgram:local=127.0.0.1:%d,remote=127.0.0.1:%d\"\n", n, n+1)
+	}
+	const port = 17651
+	text := "[switch.lan]\n[switch.far]\n[port.a]\n[port.b]\nswitch = \"far\"\n" +
+		fmt.Sprintf("[uplink.here]\nswitch = \"far\"\nnet = \"dgram:local=127.0.0.1:%d,remote=127.0.0.1:%d\"\n", port+1, port)
+	m := startSwitch(t, text+cable(port))
+	a, b := m.guest(t, "a"), m.guest(t, "b")
+	crosses := func(n uint64) {
+		t.Helper()
+		send(t, a, ethernet(0xa, 0xff, n))
+		gets(t, b, ethernet(0xa, 0xff, n))
+		send(t, b, ethernet(0xb, 0xa, n))
+		gets(t, a, ethernet(0xb, 0xa, n))
+	}
+	crosses(1)
+	m.writeSwitch(t, text)
+	if r, got := m.reload(t); got.code != exitOK || len(r.Steps) != 1 || r.Steps[0].Kind != config.KindUplink {
+		t.Fatalf("%+v", got)
+	}
+	send(t, a, ethernet(0xa, 0xff, 2))
+	time.Sleep(20 * time.Millisecond) // it would have come
+	if _, f, err := b.Recv(0, 0); err == nil {
+		t.Errorf("%x came without a cable", f)
+	}
+	m.writeSwitch(t, text+cable(port+1)) // where the other end is
+	if r, got := m.reload(t); got.code != exitFailure || r.Failed != 1 || !strings.Contains(r.Steps[0].Error, "address already in use") {
+		t.Fatalf("%+v", got)
+	}
+	if table := command(t, "stats", "--config", m.file()).stdout; !strings.Contains(table, "uplink there is not there: ") {
+		t.Errorf("no reason in\n%s", table)
+	}
+	m.writeSwitch(t, text+cable(port))
+	if r, got := m.reload(t); got.code != exitOK || len(r.Steps) != 1 || r.Steps[0].Action != config.Add {
+		t.Fatalf("%+v", got)
+	}
+	crosses(3)
+}
