@@ -1,0 +1,42 @@
+package l2switch
+
+import "time"
+
+// SetClock has the switch take its time from f, from before the first frame on.
+func (s *Switch) SetClock(f func() time.Duration) { s.clock = f }
+
+// FullCheck panics when the counts of the table are not those of what is in it.
+func (s *Switch) FullCheck() (entries, counted, shares int) {
+	s.table.mu.Lock()
+	defer s.table.mu.Unlock()
+	for i := range s.table.buckets {
+		for w := range s.table.buckets[i].keys {
+			if s.table.buckets[i].keys[w].Load() != noKey {
+				entries++
+			}
+		}
+	}
+	for _, p := range s.view.Load().ports {
+		if p != nil {
+			shares += int(p.learned.count.Load())
+		}
+	}
+	return entries, int(s.table.count.Load()), shares
+}
+
+// ParseFuzz judges a frame as a port with a Guard of everything does, and reports whether it passed.
+func ParseFuzz(c PortConfig, head []byte, length int, needsCsum bool, start, offset uint16) (why Reason, ok bool) {
+	c, err := c.withDefaults(Config{})
+	if err != nil {
+		panic(err)
+	}
+	r, err := newRules(c, nil)
+	if err != nil {
+		panic(err)
+	}
+	f := frame{head: head, length: length}
+	if needsCsum {
+		f.hdr.Flags, f.hdr.CsumStart, f.hdr.CsumOffset = 1, start, offset
+	}
+	return f.enter(r)
+}
