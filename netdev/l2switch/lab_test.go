@@ -64,7 +64,9 @@ func (l *lab) stats(port string) l2switch.PortStats {
 }
 
 // drops is how many frames a port has dropped for a reason.
-func (l *lab) drops(port string, why l2switch.Reason) uint64 { return l.stats(port).Drops[why.String()] }
+func (l *lab) drops(port string, why l2switch.Reason) uint64 {
+	return l.stats(port).Drops[why.String()]
+}
 
 // expect takes the next frame that comes to a port; it must be f.
 func (l *lab) expect(port string, f []byte) {
