@@ -41,6 +41,7 @@ const (
 	HostToGuest Direction = "host-to-guest"
 	Both        Direction = "both"
 	Echo        Direction = "echo"
+	Through     Direction = "through" // into one port of a switch and out of another
 )
 
 // sends and receives tell what the driver does in a direction.
@@ -56,6 +57,7 @@ const (
 // Config says what to do. DefaultConfig is a start.
 type Config struct {
 	Path   string // of the vhost-user socket
+	To     string // with Through: of the other port's
 	Server bool   // listen there for a back-end that connects
 
 	Packed    bool
@@ -143,11 +145,15 @@ func (c Config) checkFrames() error {
 func (c Config) checkTraffic() error {
 	echo := c.Direction == Echo
 	switch c.Direction {
-	case GuestToHost, HostToGuest, Both, Echo:
+	case GuestToHost, HostToGuest, Both, Echo, Through:
 	default:
 		return fmt.Errorf("unknown direction %q", c.Direction)
 	}
 	switch {
+	case (c.To != "") != (c.Direction == Through):
+		return fmt.Errorf("a second port is for direction %s, and needed there", Through)
+	case c.To != "" && c.Server:
+		return errors.New("back-ends that connect have one port")
 	case c.Rate < 0 || c.Rate > 1e9:
 		return fmt.Errorf("a rate of %g frames per second", c.Rate)
 	case c.Rate > 0 && !c.Direction.sends():

@@ -25,14 +25,64 @@ type session struct {
 	mem      *memory
 	recv     *queue
 	send     *queue
+	far      *session // with Through: of the other port. Its receiveq is this one's recv, and the other way round
 
 	quit  chan struct{}
 	ended chan struct{} // watch has returned
 	fault atomic.Pointer[error]
 }
 
-// open connects and starts both queues. Errors name the request that failed.
-func open(ctx context.Context, c Config) (_ *session, err error) {
+// open connects and starts both queues, or those of both ports. Errors name the request that failed.
+func open(ctx context.Context, c Config) (*session, error) {
+	s, err := start(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	if c.To != "" {
+		c.Path = c.To
+		if s.far, err = start(ctx, c); err != nil {
+			s.close()
+			return nil, err
+		}
+		s.recv, s.far.recv = s.far.recv, s.recv
+		err = s.far.introduce()
+		s.far.ended = make(chan struct{})
+		go s.far.watch()
+	}
+	s.ended = make(chan struct{})
+	go s.watch()
+	if err != nil {
+		s.close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// introduce sends a frame from the address that all others go to, so that a switch knows where that is.
+func (s *session) introduce() error {
+	buf, ok := s.send.next()
+	if !ok {
+		return errors.New("transmitq: no room")
+	}
+	frame := buf[virtio.NetHdrSize : virtio.NetHdrSize+MinFrame]
+	writeHead(frame, 0, 0, 0)
+	copy(frame, addresses[6:12])
+	copy(frame[6:], addresses[:6])
+	if _, err := s.send.add(virtio.NetHdrSize + MinFrame); err != nil {
+		return fmt.Errorf("transmitq: %w", err)
+	}
+	s.send.flush()
+	for deadline := time.Now().Add(time.Second); time.Now().Before(deadline); {
+		if _, _, _, ok := s.send.reap(); ok {
+			return nil
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return errors.New("the other port's back-end takes no frame")
+}
+
+// start connects and starts both queues.
+func start(ctx context.Context, c Config) (_ *session, err error) {
 	sock, err := connect(ctx, c)
 	if err != nil {
 		return nil, err
@@ -51,8 +101,6 @@ func open(ctx context.Context, c Config) (_ *session, err error) {
 	if err := s.share(c); err != nil {
 		return nil, explain(err)
 	}
-	s.ended = make(chan struct{})
-	go s.watch()
 	return s, nil
 }
 
@@ -183,6 +231,9 @@ func (s *session) err() error {
 	if err := s.fault.Load(); err != nil {
 		return *err
 	}
+	if s.far != nil {
+		return s.far.err()
+	}
 	return nil
 }
 
@@ -193,10 +244,16 @@ func (s *session) stop() error {
 			return explain(err)
 		}
 	}
+	if s.far != nil {
+		return s.far.stop()
+	}
 	return nil
 }
 
 func (s *session) close() {
+	if s.far != nil {
+		defer s.far.close()
+	}
 	close(s.quit)
 	<-s.ended
 	_ = s.fe.Close()
