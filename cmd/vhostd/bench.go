@@ -41,6 +41,7 @@ the two. Compare rates within a class only, from runs in turn. One processor is 
   both            both at once
   echo            the back-end returns frames (vhostd run --net null,echo=on; dpdk-testpmd --forward-mode=io); latency is that of a
                   round trip: --window 1 for a back-end that polls, --think 10ms for one that has gone to sleep
+  through         frames go into this port, and out of another of the same switch (--to)
 
 A back-end that breaks the rules of the ring or, with --verify, changes a frame ends the run with an error. Exit code 0 says that there
 was no such thing, and that frames went.`,
@@ -78,7 +79,8 @@ func (f *benchFlags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.eventIdx, "event-idx", "on", "on or off: EVENT_IDX, if the back-end offers it")
 	fs.IntVar(&f.Buffer, "buffer", 0, "`bytes` of a receive buffer (default 2048, or with --mrg-rxbuf off what the longest frame takes)")
 
-	fs.StringVar(&f.direction, "direction", string(f.Direction), "guest-to-host, host-to-guest, both or echo")
+	fs.StringVar(&f.direction, "direction", string(f.Direction), "guest-to-host, host-to-guest, both, echo or through")
+	fs.StringVar(&f.To, "to", "", "with through: `path` of the socket of another port, where the frames come out")
 	fs.StringVar(&f.frames, "frame", "64", "length of the frames in `bytes`, without check sequence; several, like 64,1518, take turns")
 	fs.Float64Var(&f.Rate, "rate", 0, "frames per second to send, `N`; latency then counts from when a frame was due (default: as fast as they go)")
 	fs.IntVar(&f.Window, "window", f.Window, "with echo: frames under way, `N`")

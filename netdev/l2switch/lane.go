@@ -86,6 +86,7 @@ type lane struct {
 	shut  atomic.Bool   // nobody receives
 	state atomic.Uint32 // of the worker
 	ready *sys.EventFD  // readable when frames came while it waited for them
+	rang  atomic.Bool   // ready was signalled since it was drained
 }
 
 func (l *lane) init(sw *Switch, index int) (err error) {
@@ -127,6 +128,9 @@ func (l *lane) put(from *queue, hdr virtio.NetHdr, frags [][]byte, private int, 
 	return true
 }
 
+// quiet reports whether the worker may sleep as it has: it waits for frames, there are none, and nobody has signalled ready.
+func (l *lane) quiet() bool { return l.state.Load() == forFrames && l.empty() && !l.rang.Load() }
+
 // empty reports whether no frame waits.
 func (l *lane) empty() bool { return l.tail.Load() == l.head.Load() }
 
@@ -145,7 +149,7 @@ func (l *lane) get(p *zerocopy.Posted, max int) (n int, idle bool) {
 
 // drain moves all frames into the guest's buffers, and reports whether that could be done. take is held.
 func (l *lane) drain(p *zerocopy.Posted) bool {
-	_, empty := l.move(p, len(l.slots))
+	_, empty := l.move(p, l.sw.backlog)
 	return empty
 }
 
@@ -237,7 +241,7 @@ func (l *lane) discard() (n int) {
 
 // arm says what the worker is about to wait for, and reports whether that has not come meanwhile.
 func (l *lane) arm(state uint32) bool {
-	if state == forFrames && l.state.Load() != forFrames {
+	if state == forFrames && l.rang.Swap(false) {
 		l.ready.Drain()
 	}
 	l.state.Store(state)
@@ -250,8 +254,14 @@ func (l *lane) rouse(state, or uint32) {
 	if s == awake || s != state && s != or || !l.state.CompareAndSwap(s, awake) {
 		return
 	}
-	l.ready.Signal()
+	l.ring()
 	if d := l.door.Load(); d != nil && s == forRoom {
 		(*d).Wake()
 	}
+}
+
+// ring signals ready.
+func (l *lane) ring() {
+	l.ready.Signal()
+	l.rang.Store(true) // not before: who drains it then has drained this signal
 }

@@ -65,7 +65,7 @@ func (q *queue) SendIdle() {
 // Recv implements netdev.Queue.
 func (q *queue) Recv(p *zerocopy.Posted, max int) (n int, idle bool, err error) {
 	l := &q.lane
-	if l.state.Load() == forFrames && l.empty() {
+	if l.quiet() {
 		return 0, true, nil
 	}
 	for {

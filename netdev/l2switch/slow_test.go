@@ -165,14 +165,12 @@ func TestTruncatedSender(t *testing.T) {
 				}
 			}
 			// Rings are in the same memory: a's own worker may be the first to find out.
-			done := make(chan struct{})
-			go func() { defer close(done); c.then(t, b, third) }()
+			c.then(t, b, third)
 			vhosttest.Eventually(t, "a's session has ended", func() bool {
 				b.recvAll(t)
 				a.Transmitq(0).Kick.Signal()
 				return !port(t, s, "a").Connected
 			})
-			<-done
 			b.recvAll(t)
 			third.send(t, frame(mac(2), mac(3), 4711, 60)) // the others talk on
 			vhosttest.Eventually(t, "c's frame at b", func() bool {

@@ -74,7 +74,7 @@ func (u *uplink) open(p *Port) error {
 	p.pairs.Store(int32(len(p.queues)))
 	for i := range p.queues {
 		q := &p.queues[i]
-		in, err := zerocopy.NewInbox(inboxSize, q.lane.ready.Signal)
+		in, err := zerocopy.NewInbox(inboxSize, q.lane.ring)
 		if err != nil {
 			u.free()
 			return err
@@ -116,7 +116,7 @@ func (l *line) end() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.ending = true
-	l.lane.ready.Signal()
+	l.lane.ring()
 }
 
 // run is the line's goroutine.
