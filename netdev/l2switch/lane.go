@@ -40,7 +40,9 @@ func rest(to [][]byte, b *zerocopy.Buffer, skip int) [][]byte {
 
 // frags appends the frame's pieces.
 func (s *slot) frags(to [][]byte) [][]byte {
-	to = append(to, s.data)
+	if len(s.data) > 0 {
+		to = append(to, s.data)
+	}
 	if s.buf == nil {
 		return to
 	}
@@ -118,7 +120,9 @@ func (l *lane) put(from *queue, hdr virtio.NetHdr, frags [][]byte, private int, 
 	} else if l.copied.Load()+int64(pieces(frags)) > int64(l.sw.cfg.BacklogBytes) {
 		return false
 	}
-	s.data = gather(memory(pieces(frags)), frags)
+	if s.data = nil; len(frags) > 0 {
+		s.data = gather(memory(pieces(frags)), frags)
+	}
 	if held == nil {
 		l.copied.Add(int64(len(s.data)))
 	}

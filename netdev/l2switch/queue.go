@@ -30,6 +30,7 @@ type work struct {
 	shape [addrsLen + tagLen]byte
 	frags [][]byte
 	run   run
+	open  bool // the port is an access port without a Guard
 }
 
 // Send implements netdev.Queue: it takes all frames.

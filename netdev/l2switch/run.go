@@ -23,7 +23,9 @@ type run struct {
 	state  netdev.DoorState
 	busy   bool // the frame at done is being written: left behind by a fault in its pages
 
-	private int // pieces of the frame at done that are not the sender's pages
+	asIs    bool // frames in one piece go as they are in the sender's pages
+	private int  // pieces of the frame at done that are not the sender's pages
+	skip    int  // bytes of the sender's pages that these stand for
 }
 
 // pass delivers frames to a port: into the guest's buffers on this thread if nobody else is at them, and else into the lane. With bufs it
@@ -31,6 +33,7 @@ type run struct {
 func (q *queue) pass(to *Port, frames []frame, bufs []*zerocopy.Buffer, now time.Duration) {
 	w := &q.work.run
 	*w = run{q: q, to: to, rules: to.rules.Load(), lane: to.lane(q), frames: frames, bufs: bufs, now: now}
+	w.asIs = q.work.open && w.rules.trunk == nil
 	switch l := w.lane; {
 	case l.shut.Load():
 		w.state = netdev.DoorShut
@@ -139,11 +142,16 @@ func (w *run) next() (hdr virtio.NetHdr, frags [][]byte, ok bool) {
 		w.lose(DropVLANOut)
 		return hdr, nil, false
 	}
+	if segs := f.buf.Segs(); w.asIs && len(segs) == 1 && f.tag == 0 {
+		// Nothing was promised about this frame that a sender who rewrites it now could break.
+		w.private, w.skip, work.frags = 0, 0, append(work.frags[:0], segs[0].Mem)
+		return f.hdr, work.frags, true
+	}
 	if hdr, work.frags, ok = f.shape(r, work.frags[:0], work.shape[:]); !ok {
 		w.lose(DropVLANOut)
 		return hdr, nil, false
 	}
-	w.private = len(work.frags)
+	w.private, w.skip = len(work.frags), len(f.head)
 	if len(f.head) < f.length {
 		work.frags = rest(work.frags, f.buf, len(f.head))
 	}
@@ -202,7 +210,7 @@ func (w *run) wait() {
 		if w.bufs != nil && !l.slow.Load() {
 			held = f.buf
 		}
-		if !l.put(w.q, hdr, frags, w.private, held, len(f.head)) {
+		if !l.put(w.q, hdr, frags, w.private, held, w.skip) {
 			w.lose(DropBacklog)
 			continue
 		}

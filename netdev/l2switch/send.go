@@ -11,6 +11,7 @@ func (q *queue) forward(bufs []*zerocopy.Buffer) int {
 	s := q.port.sw
 	v, r, now := s.view.Load(), q.port.rules.Load(), s.clock()
 	batch := q.work.batch[:len(bufs)]
+	q.work.open = !r.guarded && r.trunk == nil
 	q.read(batch, bufs, r)
 	q.decide(batch, v, r, now)
 	for i := 0; i < len(batch); {
