@@ -32,17 +32,29 @@ func (p *Posted) writeNext(first uint64, last uint32, frame []byte) bool {
 	p.Stats.Frames++
 	p.Stats.Bytes += uint64(len(frame))
 	p.typical = total
+	p.prefetch()
 	return true
 }
 
-// lookAhead is how many chains are popped at once. Their memory was last in the driver's hands, so each costs a trip to another processor's cache: these
-// trips are made at the same time.
-const lookAhead = 32
+// lookAhead is how many chains are popped at once.
+const lookAhead = 16
+
+// inFlight is how many of the chains that are held have had their memory asked for. It was last in the driver's hands, so each costs a trip to another
+// processor's cache, and these trips are made at the same time. More than a few at once are worse than none, where the processors are far apart: the stores
+// to the first of them wait behind the requests for the last.
+const inFlight = 4
 
 // maxPrefetch bounds how much of a buffer is asked for, in bytes: behind that, the processor has seen where this leads.
-const maxPrefetch = 256
+const maxPrefetch = 128
 
-// popAhead holds as many chains as are known to be there, and asks for the memory that is about to be written. Nothing is held.
+// prefetch asks for the memory of the chain that has now come into flight.
+func (p *Posted) prefetch() {
+	if i := p.first + inFlight - 1; i < p.last {
+		p.chains[i&p.mask].Prefetch(min(p.typical, maxPrefetch))
+	}
+}
+
+// popAhead holds a run of chains, and asks for the memory that is about to be written. Nothing is held.
 func (p *Posted) popAhead() bool {
 	if !p.pop() {
 		return false
@@ -53,7 +65,7 @@ func (p *Posted) popAhead() bool {
 	return true
 }
 
-// popRun holds a run of chains more, and asks for their memory. It returns how many there were.
+// popRun holds a run of chains more, and asks for the memory of those that come next. It returns how many there were.
 func (p *Posted) popRun() (n int) {
 	at := int(p.last & p.mask)
 	room := min(lookAhead-1, len(p.chains)-at, len(p.chains)-p.held())
@@ -67,7 +79,9 @@ func (p *Posted) popRun() (n int) {
 		}
 		p.last++
 		p.room += int(c.WriteLen)
-		c.Prefetch(min(p.typical, maxPrefetch))
+		if p.held() <= inFlight {
+			c.Prefetch(min(p.typical, maxPrefetch))
+		}
 	}
 	return len(run)
 }
@@ -92,6 +106,7 @@ func (p *Posted) mergeNext(first uint64, last uint32, frame []byte) bool {
 		p.ring.Put(c.Head, uint32(written))
 		p.first++
 		p.room -= int(c.WriteLen)
+		p.prefetch()
 		if len(left) == 0 {
 			break
 		}
