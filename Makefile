@@ -6,7 +6,7 @@
 #   make lint race vm bench    parts of it
 #   make fuzz FUZZTIME=10m     each fuzzing target for that long, see docs/fuzzing.md; in CI it is 3 seconds
 #   make soak                  an hour of guests that come and go over every network: nothing leaks, grows or gets lost; wants root
-#   make bench-peers           vhostd beside DPDK, in turns, into docs/perf; takes an hour, wants root and a quiet machine
+#   make bench-peers           vhostd beside DPDK, in turns, into docs/perf; takes half an hour, wants root and a quiet machine
 #
 # VHOSTD_REQUIRE=all (or vm,tap,...) turns tests that skip for want of something into failures, as in CI.
 
@@ -88,7 +88,7 @@ soak-order:
 	$(GO) test -count=1 -v -timeout 30m -run TestTenMillion ./backend -frames 10000000
 	$(GO) test -count=1 -v -timeout 30m -run TestOrderThroughTheKernel ./netdev/udp -frames 1000000
 
-# PEERS are options of test/perf: -pairs, -seconds, -work, -ring, -guest.
+# PEERS are options of test/perf, which do parts of it: -pairs, -seconds, -work, -ring, -guest, -limit.
 bench-peers:
 	@scripts/setup.sh bench
 	@$(MAKE) --no-print-directory build

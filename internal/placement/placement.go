@@ -40,8 +40,9 @@ var Classes = []Class{Near, Far, Same, Moved, Unknown}
 // NearMax is the longest round trip of a cache line between processors that share a cache.
 const NearMax = 150 * time.Nanosecond
 
-// MaxWaited is the most that the two threads may have waited for their processors in a second that is to count.
-const MaxWaited = 40 * time.Millisecond
+// MaxWaited is the most that the two threads may have waited for their processors in a second that is to count: a little more than the twentieth that the
+// kernel keeps back for others from threads at real-time priority.
+const MaxWaited = 60 * time.Millisecond
 
 // realtime is the priority of the probe, above the polling threads that it interrupts for a moment.
 const realtime = 10

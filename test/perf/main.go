@@ -38,6 +38,7 @@ type options struct {
 	rings   []string
 	guests  []string
 	date    string
+	limit   time.Duration
 }
 
 func main() {
@@ -47,10 +48,11 @@ func main() {
 	flag.StringVar(&vhostd, "vhostd", "bin/vhostd", "the vhostd binary")
 	flag.StringVar(&against, "against", dpdkPeer, "comma-separated: what it is compared with, "+dpdkPeer+" or other vhostd binaries")
 	flag.IntVar(&o.pairs, "pairs", 3, "turns of each back-end")
-	flag.IntVar(&o.seconds, "seconds", 4, "good seconds wanted of each turn")
+	flag.IntVar(&o.seconds, "seconds", 2, "good seconds wanted of each turn")
 	flag.StringVar(&works, "work", "", "comma-separated names of the works to do; all when empty: "+workNames())
 	flag.StringVar(&rings, "ring", "split,packed", "layouts of the rings")
-	flag.StringVar(&guests, "guest", "virtio-user,bench", "who drives the rings: DPDK's virtio-user, vhostd bench")
+	flag.StringVar(&guests, "guest", "virtio-user", "who drives the rings where rates are measured: virtio-user (DPDK's), bench (vhostd's), or both with a comma")
+	flag.DurationVar(&o.limit, "limit", 0, "begin no work after this time; 0: none is left out")
 	flag.StringVar(&o.date, "date", "", "also write docs/perf/DATE-peers.md, for example 2026-11-22")
 	flag.Parse()
 	o.peers = append([]string{vhostd}, split(against)...)
@@ -83,15 +85,22 @@ func (o options) run() error {
 		fmt.Fprint(f, o.preamble())
 	}
 	o.printHead(out)
+	began := time.Now()
 	for _, w := range works {
 		if len(o.works) > 0 && !slices.Contains(o.works, w.name) {
 			continue
 		}
-		for _, guest := range o.guests {
+		guests := o.guests
+		if w.guest != "" {
+			guests = []string{w.guest}
+		}
+		for _, guest := range guests {
 			for _, ring := range o.rings {
-				if w.guest == "" || w.guest == guest {
-					o.compare(out, w, turn{guest: guest, packed: ring == "packed"})
+				if o.limit > 0 && time.Since(began) > o.limit {
+					log.Printf("%s, %s, %s: left out, as %v are over", w.name, guest, ring, o.limit)
+					continue
 				}
+				o.compare(out, w, turn{guest: guest, packed: ring == "packed"})
 			}
 		}
 	}
@@ -106,7 +115,8 @@ func (o options) preamble() string {
 
 Back-end on processor %d, guest on processor %d, in turns A B A B. Medians over quiet seconds of one placement class; compare within a line only.
 Rates are millions of frames a second, and a ratio above 1 says that vhostd is faster; latencies are the p50 of each second, idle is the
-share of a processor that the back-end takes, and there a ratio below 1 says that vhostd does with less.
+share of a processor that the back-end takes, and there a ratio below 1 says that vhostd does with less. "headers": vhostd's null device reads each frame's header, as
+a device with a wire must. Echo: vhostd with --workers pair, back to back, or 2 ms apart.
 
 `, o.date, "```\n"+"go run ./test/perf "+strings.Join(os.Args[1:], " ")+"\n```", backCPU, guestCPU)
 }
@@ -117,7 +127,7 @@ func (o options) printHead(out io.Writer) {
 	for _, peer := range o.peers[1:] {
 		fmt.Fprintf(out, " %s | ratio |", peer)
 	}
-	fmt.Fprintf(out, " samples |\n|%s\n", strings.Repeat("---|", 4+2*len(o.peers)))
+	fmt.Fprintf(out, " wanted | samples |\n|%s\n", strings.Repeat("---|", 5+2*len(o.peers)))
 }
 
 // compare has the back-ends take turns at a work.
@@ -141,13 +151,13 @@ func (o options) compare(out io.Writer, w work, t turn) {
 	}
 	for _, class := range []placement.Class{placement.Near, placement.Far, placement.Unknown} {
 		if v := values[class]; v != nil {
-			w.printLine(out, t, class, v)
+			o.printLine(out, w, t, class, v)
 		}
 	}
 }
 
 // printLine prints what the peers reached in seconds of one class.
-func (w work) printLine(out io.Writer, t turn, class placement.Class, v [][]float64) {
+func (o options) printLine(out io.Writer, w work, t turn, class placement.Class, v [][]float64) {
 	fmt.Fprintf(out, "| %s | %s | %s | %s | %s |", w.name, t.guest, t.ring(), class, w.format(v[0]))
 	samples := fmt.Sprint(len(v[0]))
 	for _, theirs := range v[1:] {
@@ -158,7 +168,11 @@ func (w work) printLine(out io.Writer, t turn, class placement.Class, v [][]floa
 		fmt.Fprintf(out, " %s | %s |", w.format(theirs), ratio)
 		samples += fmt.Sprintf(" + %d", len(theirs))
 	}
-	fmt.Fprintf(out, " %s |\n", samples)
+	var theirs []float64
+	if i := slices.Index(o.peers, dpdkPeer); i >= 0 {
+		theirs = v[i]
+	}
+	fmt.Fprintf(out, " %s | %s |\n", w.verdict(t.packed, v[0], theirs), samples)
 }
 
 // sample is one second, in the work's unit.
@@ -176,7 +190,7 @@ func (w work) format(v []float64) string {
 	case w.kind == latency:
 		return time.Duration(m).Round(10 * time.Nanosecond).String()
 	case w.kind == idle:
-		return fmt.Sprintf("%.2f %%", 100*m)
+		return fmt.Sprintf("%.3f %%", 100*m)
 	}
 	return fmt.Sprintf("%.2f", m/1e6)
 }
