@@ -28,11 +28,14 @@ const (
 
 // worked says that there was work.
 func (p *poller) worked() {
-	if !p.until.IsZero() {
+	if p.polling() {
 		p.until = time.Time{}
 		p.credit = min(p.credit+1, maxCredit)
 	}
 }
+
+// polling tells whether more has said yes, and there was no work since.
+func (p *poller) polling() bool { return !p.until.IsZero() }
 
 // more tells whether to look again at once.
 func (p *poller) more(now time.Time) bool {
@@ -48,7 +51,7 @@ func (p *poller) more(now time.Time) bool {
 
 // slept learns from a sleep.
 func (p *poller) slept(d time.Duration) {
-	polled := !p.until.IsZero()
+	polled := p.polling()
 	p.until = time.Time{}
 	p.brief = d < busy
 	switch {

@@ -13,6 +13,8 @@ import (
 // worker is an operating system thread and the queues that it serves: one, or with Options.PairWorkers both of a pair. The thread runs while a
 // ring of these is started.
 type worker struct {
+	shared bool // it serves two queues
+
 	wakeMu sync.Mutex // guards wake against its end: a late release may still want to signal
 	wake   *sys.EventFD
 
@@ -29,7 +31,7 @@ func newWorker(o Options) (*worker, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &worker{wake: wake, poll: poller{limit: o.Poll}}
+	w := &worker{shared: o.PairWorkers, wake: wake, poll: poller{limit: o.Poll}}
 	w.queues.Store(new([]*queue))
 	return w, nil
 }

@@ -24,6 +24,9 @@ const (
 // turns is how many batches are moved while a queue's lock is held once.
 const turns = 16
 
+// looksPerClock is how often a polling worker looks at its queues for one look at the clock.
+const looksPerClock = 8
+
 // run is the worker's thread:
 //
 //	Pop a batch -> Send -> Reap -> Put/Publish -> call if needed -> if idle: poll a while, EnableKick, look again, sleep
@@ -35,7 +38,7 @@ func (w *worker) run() {
 	defer runtime.UnlockOSThread()
 	debug.SetPanicOnFault(true)
 	arm := false
-	for {
+	for looks := uint(0); ; {
 		queues := *w.queues.Load()
 		next := wait
 		for _, q := range queues {
@@ -54,12 +57,15 @@ func (w *worker) run() {
 		switch next {
 		case again:
 			w.poll.worked()
-			arm = false
+			arm, looks = false, 0
 		case idle:
-			arm = !w.poll.more(time.Now())
+			// The clock is looked at now and then only: that takes as long as a look at a ring.
+			if looks++; looks%looksPerClock == 1 || !w.poll.polling() {
+				arm = !w.poll.more(time.Now())
+			}
 		case wait:
 			w.wait(queues)
-			arm = false
+			arm, looks = false, 0
 		}
 	}
 }
@@ -114,7 +120,9 @@ func (q *queue) batches(arm bool) (next step) {
 		case next != again || q.broken != nil || q.attention.Load():
 			return next
 		}
-		worked = true
+		if worked = true; q.worker.shared {
+			return again // there may be an answer already
+		}
 	}
 	return next
 }
