@@ -6,6 +6,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vhostd/vhostd/internal/shm"
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
@@ -30,6 +31,15 @@ func NewPeer(t testing.TB, d netdev.Device) *Peer {
 	return &Peer{q: d.Queue(0), g: g, p: zerocopy.NewPosted(g.Ring, peerFeatures)}
 }
 
+// recv is Recv. A frame whose pages are gone, and which the device holds until here, ends it as it would end its sender's session.
+func (p *Peer) recv() (n int, idle bool, err error) {
+	fault := shm.Guard(func() { n, idle, err = p.q.Recv(p.p, 1) })
+	if u, ok := p.q.(netdev.Unwinder); ok && fault != nil {
+		u.RecvUnwound()
+	}
+	return n, idle, err
+}
+
 // Capture is for Harness.Capture.
 func (p *Peer) Capture() (virtio.NetHdr, []byte) {
 	p.g.Helper()
@@ -41,7 +51,7 @@ func (p *Peer) Capture() (virtio.NetHdr, []byte) {
 		if p.g.Driver.Free() == p.g.Driver.Size() {
 			p.g.Post(8, virtio.NetHdrSize+virtio.MaxFrame)
 		}
-		n, idle, err := p.q.Recv(p.p, 1)
+		n, idle, err := p.recv()
 		if err != nil {
 			p.g.Fatalf("the peer's Recv: %v", err)
 		}
