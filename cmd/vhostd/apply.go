@@ -11,11 +11,12 @@ import (
 // apply carries out a plan: what goes makes room (a socket, an interface, an address) for what comes.
 func (f *fleet) apply(u *understood, p config.Plan) *reloadReport {
 	r := newReloadReport(f.path, p)
+	f.refuse(r, u)
 	f.close(r)
 	f.change(r, u)
 	for _, kind := range config.Kinds {
 		for s := range r.steps(config.Reopen, config.Add) {
-			if s.Kind == kind {
+			if s.Kind == kind && s.Error == "" {
 				f.open(s, u)
 			}
 		}
@@ -39,7 +40,9 @@ func (s *stepReport) id() id { return id{s.Kind, s.Name} }
 func (f *fleet) close(r *reloadReport) {
 	going := map[id]part{}
 	for s := range r.steps(config.Remove, config.Reopen) {
-		going[s.id()] = f.part(s.id())
+		if s.Error == "" {
+			going[s.id()] = f.part(s.id())
+		}
 	}
 	errs := f.stop(going)
 	for s := range r.steps(config.Remove, config.Reopen) {

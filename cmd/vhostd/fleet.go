@@ -13,6 +13,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 
 	"github.com/vhostd/vhostd/internal/config"
+	"github.com/vhostd/vhostd/internal/confine"
 )
 
 // fleet is what `vhostd serve` runs: the switches, uplinks and ports of a configuration, each port with a goroutine that serves its front-ends.
@@ -26,8 +27,10 @@ type fleet struct {
 	level *slog.LevelVar
 	start time.Time
 
-	applying sync.Mutex    // one file at a time
-	stands   config.Config // but for its parts; guarded by applying
+	applying sync.Mutex     // one file at a time
+	stands   config.Config  // but for its parts; guarded by applying
+	kept     *confine.Needs // that this process was confined to; nil: it was not
+	confined chan struct{}  // closed when it is confined, or is not to be: then front-ends are served
 
 	mu    sync.Mutex // innermost
 	parts map[id]part
@@ -51,27 +54,33 @@ type part interface {
 }
 
 func newFleet(ctx context.Context, path string, log *slog.Logger, level *slog.LevelVar) *fleet {
-	return &fleet{ctx: ctx, path: path, log: log, level: level, start: time.Now(), parts: map[id]part{}}
+	return &fleet{ctx: ctx, path: path, log: log, level: level, start: time.Now(), confined: make(chan struct{}), parts: map[id]part{}}
 }
 
-// begin opens all that the first file has.
-func (f *fleet) begin(u *understood) {
+// begin opens all that the first file has, and serves it once the process is confined.
+func (f *fleet) begin(u *understood) error {
 	f.applying.Lock()
 	defer f.applying.Unlock()
 	f.stands = u.Config
 	_ = f.level.UnmarshalText([]byte(u.Log.Level)) // it was checked
 	r := f.apply(u, f.plan(u.Config))
+	if err := f.confine(u); err != nil {
+		return errors.Join(err, joined(f.stop(f.all())))
+	}
+	close(f.confined)
 	f.log.Info("ready", "version", buildInfo().Version, "config", f.path, "ports", len(u.Ports), "failed", r.Failed)
 	f.notify()
+	return nil
 }
 
 // end closes everything.
 func (f *fleet) end() error {
 	f.applying.Lock()
 	defer f.applying.Unlock()
-	errs := f.stop(f.all())
-	return errors.Join(slices.Collect(maps.Values(errs))...)
+	return joined(f.stop(f.all()))
 }
+
+func joined(errs map[id]error) error { return errors.Join(slices.Collect(maps.Values(errs))...) }
 
 // all returns the parts.
 func (f *fleet) all() map[id]part {

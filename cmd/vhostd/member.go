@@ -33,11 +33,11 @@ func (f *fleet) openPort(conf config.Port, s settled) part {
 			return sw.AddPort(s.rules)
 		}
 	}
-	return startMember(f.ctx, conf, s, f.log.With("port", conf.Name))
+	return startMember(f.ctx, f.confined, conf, s, f.log.With("port", conf.Name))
 }
 
-// startMember opens a port and serves it, until it is stopped or fails.
-func startMember(ctx context.Context, conf config.Port, s settled, log *slog.Logger) *member {
+// startMember opens a port and serves it from the time on that ready is closed, until it is stopped or fails.
+func startMember(ctx context.Context, ready <-chan struct{}, conf config.Port, s settled, log *slog.Logger) *member {
 	m := &member{conf: conf, done: make(chan struct{})}
 	ctx, m.cancel = context.WithCancel(ctx)
 	p, err := openPort(s.settings, s.open, log)
@@ -47,12 +47,16 @@ func startMember(ctx context.Context, conf config.Port, s settled, log *slog.Log
 		return m
 	}
 	m.port = p
-	go m.serve(ctx)
+	go m.serve(ctx, ready)
 	return m
 }
 
-func (m *member) serve(ctx context.Context) {
+func (m *member) serve(ctx context.Context, ready <-chan struct{}) {
 	defer close(m.done)
+	select {
+	case <-ready:
+	case <-ctx.Done():
+	}
 	err := m.port.be.Serve(ctx, m.port.src)
 	m.closed = m.port.close()
 	if err != nil {

@@ -97,7 +97,9 @@ func serveMany(path string, stderr io.Writer) error {
 		return err
 	}
 	defer closeDoors()
-	d.begin(u)
+	if err := d.begin(u); err != nil {
+		return err
+	}
 	notify(log, daemon.SdNotifyReady)
 	defer notify(log, daemon.SdNotifyStopping)
 	for {

@@ -5,7 +5,10 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -27,11 +30,9 @@ func (m *many) writeSwitch(t *testing.T, text string) {
 
 func startSwitch(t *testing.T, text string) *many {
 	t.Helper()
-	m := startMany(t, "")
+	m := &many{dir: vhosttest.ShortDir(t)}
 	m.writeSwitch(t, text)
-	if _, got := m.reload(t); got.code != exitOK {
-		t.Fatalf("%+v", got)
-	}
+	m.process = launch(t, exec.Command(binary, "serve", "--config", m.file()))
 	return m
 }
 
@@ -120,11 +121,7 @@ func TestServeSwitch(t *testing.T) {
 
 // TestServeSwitchMetrics: the drops of a port of a switch, by reason.
 func TestServeSwitchMetrics(t *testing.T) {
-	m := startMany(t, "[metrics]\nlisten = \"127.0.0.1:0\"\n[switch.lan]\n[port.echo]\n")
-	m.writeSwitch(t, "[metrics]\nlisten = \"127.0.0.1:0\"\n[switch.lan]\n[port.a]\nisolated = true\n[port.b]\nisolated = true\n")
-	if _, got := m.reload(t); got.code != exitOK {
-		t.Fatalf("%+v", got)
-	}
+	m := startSwitch(t, "[metrics]\nlisten = \"127.0.0.1:0\"\n[switch.lan]\n[port.a]\nisolated = true\n[port.b]\nisolated = true\n")
 	a := m.guest(t, "a")
 	send(t, m.guest(t, "b"), ethernet(0xb, 0xff, 1))
 	send(t, a, ethernet(0xa, 0xb, 1))
@@ -212,4 +209,65 @@ func TestServeUplinks(t *testing.T) {
 		t.Fatalf("%+v", got)
 	}
 	crosses(3)
+}
+
+// TestReloadBeyondTheSandbox: what needs more rights than were kept is refused before anything is closed for it, what needs no more is done, and
+// [sandbox] keep keeps more.
+func TestReloadBeyondTheSandbox(t *testing.T) {
+	m := startMany(t, ports(1))
+	e := newEchoes(t, m.socket("vm0"))
+	const udp = "net = \"dgram:local=127.0.0.1:17661,remote=127.0.0.1:17662\"\n"
+	m.write(t, "[port.vm0]\n"+udp+"[port.vm1]\n[port.vm2]\n"+udp+"[port.vm3]\nsocket-path = \"/run/vm3.sock\"\n[sandbox]\nkeep = [\"dgram\"]\n")
+	r, got := m.reload(t)
+	if got.code != exitFailure || r.Failed != 3 || len(r.Steps) != 4 || strings.Join(r.Restart, "") != "sandbox.keep" {
+		t.Fatalf("%+v", got)
+	}
+	for _, s := range r.Steps {
+		if refused := strings.HasPrefix(s.Error, "needs a restart: "); refused == (s.Name == "vm1") {
+			t.Errorf("%+v", s)
+		}
+	}
+	if err := e.round(5); err != nil || r.Steps[0].Name != "vm0" || r.Steps[0].Stands != "it goes on as before" {
+		t.Errorf("%v, %+v", err, r.Steps[0])
+	}
+	if m.end(syscall.SIGTERM) != exitOK {
+		t.Error("it did not end cleanly")
+	}
+	m.write(t, ports(1)+"[sandbox]\nkeep = [\"dgram\"]\n")
+	m.process = launch(t, exec.Command(binary, "serve", "--config", m.file()))
+	m.change(t, ports(1)+"[port.vm2]\n"+udp+"[sandbox]\nkeep = [\"dgram\"]\n")
+	if st := m.stats(t)["vm2"]; st.State != waiting {
+		t.Errorf("%+v", st)
+	}
+}
+
+// TestServeConfined looks at a daemon from outside: it has no capability that its ports do not need, and a filter on all of its threads.
+func TestServeConfined(t *testing.T) {
+	m := startMany(t, ports(2))
+	if err := newEchoes(t, m.socket("vm0")).round(5); err != nil {
+		t.Fatal(err)
+	}
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", m.cmd.Process.Pid))
+	if err != nil || len(tasks) < 4 {
+		t.Fatalf("%v, %v", tasks, err)
+	}
+	for _, task := range tasks {
+		b, err := os.ReadFile(task)
+		if err != nil {
+			continue // it has ended
+		}
+		for _, want := range []string{"CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"} {
+			if !strings.Contains(string(b), want) {
+				t.Errorf("no %q in %s", want, task)
+			}
+		}
+	}
+	m.end(syscall.SIGTERM)
+	m.write(t, ports(1)+"[sandbox]\nenabled = false\nuser = \"root\"\nkeep = [\"sing\"]\n")
+	got := command(t, "check", "--config", m.file())
+	for _, want := range []string{`sandbox.user: is part of the sandbox, which is not enabled`, `sandbox.keep: element 1: unknown kind "sing"`} {
+		if !strings.Contains(got.stderr, want) {
+			t.Errorf("no %s in %+v", want, got)
+		}
+	}
 }

@@ -3,10 +3,12 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/vhostd/vhostd/backend"
 	"github.com/vhostd/vhostd/internal/config"
+	"github.com/vhostd/vhostd/internal/confine"
 	"github.com/vhostd/vhostd/netdev/l2switch"
 )
 
@@ -14,6 +16,7 @@ import (
 type understood struct {
 	config.Config
 	ports, uplinks map[string]settled
+	become         *confine.User // nil: nobody else
 }
 
 // settled is a port or an uplink that is ready to be opened.
@@ -30,11 +33,12 @@ func understand(path string) (*understood, error) {
 		return nil, err
 	}
 	u := &understood{Config: file.Config, ports: map[string]settled{}, uplinks: map[string]settled{}}
+	u.sandbox(file)
 	for name, p := range u.Ports {
-		u.ports[name] = settle(file, "port."+name, portSettings(p))
+		u.ports[name] = u.settle(file, "port."+name, portSettings(p))
 	}
 	for name, up := range u.Uplinks {
-		u.uplinks[name] = settle(file, "uplink."+name, uplinkSettings(up))
+		u.uplinks[name] = u.settle(file, "uplink."+name, uplinkSettings(up))
 	}
 	if err := file.Err(); err != nil {
 		return nil, fmt.Errorf("the configuration is refused:\n%w", err)
@@ -52,9 +56,29 @@ func understand(path string) (*understood, error) {
 	return u, nil
 }
 
+// sandbox understands that table.
+func (u *understood) sandbox(file *config.File) {
+	for i, k := range u.Sandbox.Keep {
+		if !slices.ContainsFunc(kinds, func(have kind) bool { return have.name == k }) {
+			file.Blame("sandbox.keep", fmt.Errorf("element %d: unknown kind %q, known are %s", i+1, k, kindNames()))
+		}
+	}
+	if u.Sandbox.User == "" {
+		return
+	}
+	if !u.Sandbox.Enabled {
+		file.Blame("sandbox.user", errors.New("is part of the sandbox, which is not enabled: start vhostd as that user"))
+	}
+	var err error
+	if u.become, err = confine.LookupUser(u.Sandbox.User); err != nil {
+		file.Blame("sandbox.user", err)
+	}
+}
+
 // settle understands what can be understood of a port by itself.
-func settle(file *config.File, path string, s settings) settled {
+func (u *understood) settle(file *config.File, path string, s settings) settled {
 	blame(file, path, s.parse())
+	s.become = u.become
 	if s.net == "" {
 		return settled{settings: s}
 	}
@@ -67,6 +91,7 @@ func settle(file *config.File, path string, s settings) settled {
 func portSettings(p config.Port) settings {
 	s := settings{flags: flags{
 		socketPath: p.SocketPath, client: p.Client, socketMode: p.SocketMode, socketGroup: p.SocketGroup, fd: -1,
+		socketOwner: p.SocketOwner, allowUID: p.AllowUID, allowGID: p.AllowGID,
 		net: p.Net, hostfwd: p.Hostfwd, mac: p.MAC, mtu: p.MTU, queues: p.Queues, poll: p.Poll,
 		zerocopy: p.ZeroCopy, noBalloon: p.NoBalloon, disable: strings.Join(p.Disable, ","), logLevel: "info",
 	}}

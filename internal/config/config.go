@@ -35,6 +35,9 @@ type Config struct {
 	Log     Log
 	Control Control
 	Metrics Metrics
+	Sandbox Sandbox
+	// Defaults is [defaults], with its placeholders.
+	Defaults Port
 	// By name:
 	Switches map[string]Switch
 	Uplinks  map[string]Uplink
@@ -69,7 +72,7 @@ func Load(path string) (*File, error) {
 // Parse reads a text; name stands for it in errors.
 func Parse(name string, text []byte) *File {
 	f := &File{Name: name, Config: Config{
-		Log: defaultLog, Control: defaultControl,
+		Log: defaultLog, Control: defaultControl, Sandbox: defaultSandbox,
 		Switches: map[string]Switch{}, Uplinks: map[string]Uplink{}, Ports: map[string]Port{},
 	}}
 	var tables map[string]any
@@ -93,7 +96,7 @@ func (f *File) syntax(err error) {
 }
 
 // sections are the tables at the top of a file.
-var sections = []string{"log", "control", "metrics", "defaults", "switch", "uplink", "port"}
+var sections = []string{"log", "control", "metrics", "sandbox", "defaults", "switch", "uplink", "port"}
 
 func (f *File) read(tables map[string]any) {
 	for name, v := range tables {
@@ -110,6 +113,7 @@ func (f *File) read(tables map[string]any) {
 	logKeys.read(f, "log", table("log"), &f.Log)
 	controlKeys.read(f, "control", table("control"), &f.Control)
 	metricsKeys.read(f, "metrics", table("metrics"), &f.Metrics)
+	sandboxKeys.read(f, "sandbox", table("sandbox"), &f.Sandbox)
 	f.named("switch", table("switch"), func(name, path string, keys map[string]any) {
 		s := Switch{Name: name}
 		switchKeys.read(f, path, keys, &s)
@@ -123,6 +127,7 @@ func (f *File) read(tables map[string]any) {
 	})
 	defaults := defaultPort
 	portKeys.without("mac").read(f, "defaults", table("defaults"), &defaults)
+	f.Defaults = defaults
 	f.named("port", table("port"), func(name, path string, keys map[string]any) {
 		p := defaults.clone()
 		p.Name = name

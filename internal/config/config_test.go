@@ -59,8 +59,11 @@ socket-mode = "0600"
 		Poll: 5 * time.Microsecond, ZeroCopy: "auto", Disable: []string{}, Client: true}
 	vm3.Name, vm3.SocketPath, vm3.Net, vm3.Hostfwd = "vm-3", "/run/vhostd/vm-3.sock", "user", []string{"tcp::2222-:22", "udp::53-:53"}
 	vm3.ZeroCopy, vm3.NoBalloon, vm3.SocketMode = "off", true, "0600"
+	dflt.SocketPath = "/run/vhostd/{port}.sock"
 	want := Config{
-		Log: Log{Format: "text", Level: "debug"}, Control: Control{Socket: "none"}, Metrics: Metrics{Listen: "127.0.0.1:9100", Profiles: true},
+		Defaults: dflt,
+		Log:      Log{Format: "text", Level: "debug"}, Control: Control{Socket: "none"}, Metrics: Metrics{Listen: "127.0.0.1:9100", Profiles: true},
+		Sandbox:  Sandbox{Enabled: true},
 		Switches: map[string]Switch{}, Uplinks: map[string]Uplink{}, Ports: map[string]Port{"vm1": vm1, "vm2": vm2, "vm-3": vm3},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {

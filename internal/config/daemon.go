@@ -37,3 +37,18 @@ var metricsKeys = keys[Metrics]{
 	{name: "listen", form: "an address like 127.0.0.1:9100", field: func(m *Metrics) any { return &m.Listen }},
 	{name: "pprof", form: "true or false", field: func(m *Metrics) any { return &m.Profiles }},
 }
+
+// Sandbox is [sandbox]: which rights the daemon keeps once everything is open.
+type Sandbox struct {
+	Enabled bool
+	User    string   // to become; "": nobody else
+	Keep    []string // kinds of networks that a reload may add, beside those that are there at the start
+}
+
+var defaultSandbox = Sandbox{Enabled: true}
+
+var sandboxKeys = keys[Sandbox]{
+	{name: "enabled", form: "true or false", field: func(s *Sandbox) any { return &s.Enabled }},
+	{name: "user", form: "NAME or UID, with :GROUP behind it or not", field: func(s *Sandbox) any { return &s.User }},
+	{name: "keep", form: "kinds of networks", field: func(s *Sandbox) any { return &s.Keep }},
+}

@@ -70,6 +70,7 @@ func Compare(old, new Config) Plan {
 	compareOwn(&p, "log", logKeys, &old.Log, &new.Log)
 	compareOwn(&p, "control", controlKeys, &old.Control, &new.Control)
 	compareOwn(&p, "metrics", metricsKeys, &old.Metrics, &new.Metrics)
+	compareOwn(&p, "sandbox", sandboxKeys, &old.Sandbox, &new.Sandbox)
 	return p
 }
 

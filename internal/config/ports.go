@@ -16,6 +16,9 @@ type Port struct {
 	Client      bool
 	SocketMode  string
 	SocketGroup string
+	SocketOwner string
+	AllowUID    []string
+	AllowGID    []string
 	Net         string // or
 	Switch      string
 	Hostfwd     []string
@@ -47,6 +50,9 @@ var portKeys = append(keys[Port]{
 	{name: "client", form: "true or false", field: func(p *Port) any { return &p.Client }},
 	{name: "socket-mode", form: `octal permissions like "0660"`, field: func(p *Port) any { return &p.SocketMode }, live: true},
 	{name: "socket-group", form: "a group's name or number", field: func(p *Port) any { return &p.SocketGroup }, live: true},
+	{name: "socket-owner", form: "a user's name or number", field: func(p *Port) any { return &p.SocketOwner }, live: true},
+	{name: "allow-uid", form: "users' names or numbers", field: func(p *Port) any { return &p.AllowUID }},
+	{name: "allow-gid", form: "groups' names or numbers", field: func(p *Port) any { return &p.AllowGID }},
 	{name: "net", form: "a network as --net has it", field: func(p *Port) any { return &p.Net }},
 	{name: "switch", form: "the name of a switch", field: func(p *Port) any { return &p.Switch }},
 	{name: "hostfwd", form: "forwards as --hostfwd has them", field: func(p *Port) any { return &p.Hostfwd }},
@@ -76,6 +82,7 @@ func (p *Port) expand() {
 
 // clone is p with lists of its own.
 func (p Port) clone() Port {
+	p.AllowUID, p.AllowGID = slices.Clone(p.AllowUID), slices.Clone(p.AllowGID)
 	p.Hostfwd, p.Disable, p.Rules = slices.Clone(p.Hostfwd), slices.Clone(p.Disable), p.Rules.clone()
 	return p
 }
