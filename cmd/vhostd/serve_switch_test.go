@@ -2,7 +2,9 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"os"
 	"os/exec"
@@ -268,6 +270,24 @@ func TestServeConfined(t *testing.T) {
 	for _, want := range []string{`sandbox.user: is part of the sandbox, which is not enabled`, `sandbox.keep: element 1: unknown kind "sing"`} {
 		if !strings.Contains(got.stderr, want) {
 			t.Errorf("no %s in %+v", want, got)
+		}
+	}
+}
+
+// TestSwitchTakesBounds: what the file may say, a switch takes.
+func TestSwitchTakesBounds(t *testing.T) {
+	f := &fleet{log: slog.New(slog.DiscardHandler)}
+	for _, text := range []string{
+		"max-addresses = 16\nageing = \"1s\"\nmtu = 68\nhold = \"1us\"\nbacklog = 1\nbacklog-bytes = 131072\n",
+		"max-addresses = 1048576\nageing = \"24h\"\nmtu = 65535\nhold = \"1s\"\nbacklog = 32768\nbacklog-bytes = 1073741824\n",
+	} {
+		file := config.Parse("f", []byte("[switch.lan]\n"+text))
+		if err := file.Err(); err != nil {
+			t.Fatal(err)
+		}
+		p := f.openSwitch(file.Switches["lan"])
+		if err := errors.Join(p.err(), p.stop()); err != nil {
+			t.Error(err)
 		}
 	}
 }

@@ -28,7 +28,7 @@ var switchKeys = keys[Switch]{
 	{name: "ageing", form: `a duration like "5m"`, field: func(s *Switch) any { return &s.Ageing }, lo: int64(time.Second), hi: int64(24 * time.Hour)},
 	{name: "mtu", form: "bytes", field: func(s *Switch) any { return &s.MTU }, lo: minMTU, hi: maxMTU},
 	{name: "hold", form: `a duration like "2ms"`, field: func(s *Switch) any { return &s.Hold }, lo: int64(time.Microsecond), hi: int64(time.Second)},
-	{name: "backlog", form: "frames", field: func(s *Switch) any { return &s.Backlog }, lo: 64, hi: 1 << 16},
+	{name: "backlog", form: "frames", field: func(s *Switch) any { return &s.Backlog }, lo: 1, hi: 1 << 15},
 	{name: "backlog-bytes", form: "bytes", field: func(s *Switch) any { return &s.BacklogBytes }, lo: 1 << 17, hi: 1 << 30},
 }
 
