@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/vhostd/vhostd/backend"
+	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/netdev/pair"
 	"github.com/vhostd/vhostd/offload"
 	"github.com/vhostd/vhostd/test/vm/rpc"
@@ -84,7 +85,7 @@ func join(t *testing.T, o pair.Options, change func(a, b *end)) (a, b *end) {
 		}
 	})
 	for _, e := range []*end{a, b} {
-		e.serve()
+		e.serve(e.dev)
 		e.startMachine()
 	}
 	for _, e := range []*end{a, b} {
@@ -104,12 +105,12 @@ func newEnd(t *testing.T, name, ip, mac string) *end {
 // drainTimeout is long enough to be told from no wait at all.
 const drainTimeout = 500 * time.Millisecond
 
-// serve starts the back-end.
-func (e *end) serve() {
+// serve starts the back-end of a device.
+func (e *end) serve(dev netdev.Device) {
 	t := e.t
 	t.Helper()
 	var err error
-	e.be, err = backend.New(backend.Options{Device: e.dev, Log: slog.New(&e.log), DrainTimeout: drainTimeout, Poll: backend.DefaultPoll})
+	e.be, err = backend.New(backend.Options{Device: dev, Log: slog.New(&e.log), DrainTimeout: drainTimeout, Poll: backend.DefaultPoll})
 	must(t, err)
 	l, err := vhostuser.Listen(e.mopts.Socket, vhostuser.ListenOptions{})
 	must(t, err)

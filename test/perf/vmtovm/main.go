@@ -149,7 +149,7 @@ func (o options) turn(isDPDK bool, size int) (good []bench.Second, err error) {
 	var back *dpdk.Process
 	if isDPDK {
 		second := strings.Replace(dpdk.Vhost(b), "net_vhost0", "net_vhost1", 1)
-		back, err = dpdk.Testpmd(dpdk.Options{CPU: backCPU, Vdevs: []string{dpdk.Vhost(a), second}, Mode: "io", Frame: size, Scatter: size > dpdk.MbufRoom})
+		back, err = dpdk.Testpmd(dpdk.Options{CPU: backCPU, Vdevs: []string{dpdk.Vhost(a), second}, Mode: "io", Frame: size})
 	} else {
 		back, err = dpdk.Start(backCPU, os.Args[0], "-serve", a+","+b, fmt.Sprintf("-guard=%v", o.guard))
 	}

@@ -74,6 +74,7 @@ type agent struct {
 	mu      sync.Mutex // one line at a time
 	traffic traffic
 	hold    [][]byte
+	frames  frames
 }
 
 // serve answers requests until the port fails. While the host has not connected, reads give end-of-file.
@@ -153,6 +154,10 @@ func (a *agent) do(q rpc.Request) (any, error) {
 		return with(q.Args, a.traffic.do)
 	case rpc.OpHold:
 		return with(q.Args, a.holdMemory)
+	case rpc.OpWatch:
+		return with(q.Args, a.frames.watch)
+	case rpc.OpFrames:
+		return with(q.Args, a.frames.do)
 	}
 	return nil, fmt.Errorf("unknown operation")
 }

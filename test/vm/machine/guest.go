@@ -142,3 +142,15 @@ func (m *Machine) Features(ctx context.Context, link string) (virtio.Features, e
 	}
 	return f, err
 }
+
+// Watch has the guest look at the frames that come to a link.
+func (m *Machine) Watch(ctx context.Context, link string) error {
+	_, err := call[struct{}](ctx, m, 0, rpc.OpWatch, rpc.FramesArgs{Link: link})
+	return err
+}
+
+// Frames has the guest send frames past its stack, and collects what has come since Watch.
+func (m *Machine) Frames(ctx context.Context, a rpc.FramesArgs) ([][]byte, error) {
+	r, err := call[rpc.FramesResult](ctx, m, a.Timeout, rpc.OpFrames, a)
+	return r.Frames, err
+}

@@ -55,6 +55,8 @@ const (
 	OpServe   = "serve"   // ServeArgs -> nothing
 	OpTraffic = "traffic" // TrafficArgs -> stream.EchoCounters
 	OpHold    = "hold"    // HoldArgs -> nothing
+	OpWatch   = "watch"   // FramesArgs -> nothing
+	OpFrames  = "frames"  // FramesArgs -> FramesResult
 )
 
 // ExecArgs runs a program of the guest.
@@ -194,4 +196,19 @@ type TrafficArgs struct {
 // HoldArgs fills guest memory with data and keeps it until the next Hold.
 type HoldArgs struct {
 	MiB int `json:"mib"`
+}
+
+// FramesArgs is about whole Ethernet frames, past the guest's stack. Watch begins to look at what comes to Link; Frames sends, and then collects what has come
+// since the Watch, or the last Frames, and contains Mark, until one contains Until or the time is over.
+type FramesArgs struct {
+	Link    string        `json:"link"`
+	Send    [][]byte      `json:"send,omitempty"`
+	Mark    []byte        `json:"mark,omitempty"`
+	Until   []byte        `json:"until,omitempty"` // nil: nothing is collected
+	Timeout time.Duration `json:"timeout_ns,omitempty"`
+}
+
+// FramesResult is what came, VLAN tags included, and what the guest sent itself not.
+type FramesResult struct {
+	Frames [][]byte `json:"frames"`
 }
