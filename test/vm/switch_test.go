@@ -98,6 +98,7 @@ var everybody = l2switch.MAC{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 func (p *plugged) arrives(to *plugged, frames [][]byte, want ...[]byte) {
 	p.t.Helper()
 	last := want[len(want)-1]
+	must(p.t, to.vm.Watch(to.ctx, "eth0")) // from here on: its socket has room for these, and not for all of the traffic before
 	_, err := p.vm.Frames(p.ctx, rpc.FramesArgs{Link: "eth0", Send: frames})
 	must(p.t, err)
 	got, err := to.vm.Frames(to.ctx, rpc.FramesArgs{Link: "eth0", Mark: []byte(mark), Until: last[14:], Timeout: 30 * time.Second})

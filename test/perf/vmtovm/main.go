@@ -12,6 +12,7 @@ import (
 	"flag"
 	"fmt"
 	"log"
+	"log/slog"
 	"os"
 	"os/signal"
 	"strconv"
@@ -78,7 +79,7 @@ func (o options) serve(sockets []string) error {
 		if err != nil {
 			return err
 		}
-		b, err := backend.New(backend.Options{Device: d, Poll: backend.DefaultPoll})
+		b, err := backend.New(backend.Options{Device: d, Poll: backend.DefaultPoll, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))})
 		if err != nil {
 			return err
 		}
