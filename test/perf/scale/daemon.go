@@ -26,15 +26,21 @@ type daemon struct {
 	log bytes.Buffer
 }
 
-// startDaemon starts one with n ports that return what they get, and waits until it is ready.
-func startDaemon(vhostd string, n int) (*daemon, error) {
+// Networks of the ports: each returns what it gets, or all are at a switch.
+const (
+	echoing  = "net = \"null,echo=on\"\n"
+	switched = "switch = \"lan\"\n[switch.lan]\n"
+)
+
+// startDaemon starts one with n ports on a network, and waits until it is ready.
+func startDaemon(vhostd, network string, n int) (*daemon, error) {
 	dir, err := os.MkdirTemp("", "vhostd-scale-")
 	if err != nil {
 		return nil, err
 	}
 	d := &daemon{dir: dir}
 	var b strings.Builder
-	fmt.Fprintf(&b, "[control]\nsocket = %q\n[defaults]\nsocket-path = %q\nnet = \"null,echo=on\"\n", d.control(), d.dir+"/{port}.sock")
+	fmt.Fprintf(&b, "[control]\nsocket = %q\n[defaults]\nsocket-path = %q\n%s", d.control(), d.dir+"/{port}.sock", network)
 	for i := range n {
 		fmt.Fprintf(&b, "[port.vm%d]\n", i)
 	}

@@ -11,12 +11,13 @@ import (
 
 // fairness is what a guest that floods does to others.
 type fairness struct {
+	Network   string        `json:"network"`
 	Trickling int           `json:"trickling"`
 	Flooded   float64       `json:"flooded_per_second"` // frames
 	Sent      int           `json:"sent"`               // by all that trickle; each came back
 	Alone     quantiles     `json:"alone"`              // the same without the one that floods
 	Queued    quantiles     `json:"queued"`             // until the used element
-	Back      quantiles     `json:"back"`               // until the frame is back
+	There     quantiles     `json:"there"`              // until the frame is there
 	Took      time.Duration `json:"took_ns"`
 }
 
@@ -34,22 +35,36 @@ func quantilesOf(d []time.Duration) quantiles {
 const every = 10 * time.Millisecond
 
 // fairly has n guests trickle, first alone and then beside one that floods.
-func fairly(c config, n int, took time.Duration) (_ *fairness, err error) {
-	d, err := startDaemon(c.vhostd, n+1)
+func fairly(c config, network string, n int, took time.Duration) (_ *fairness, err error) {
+	ends := 1 // of a conversation
+	if network == switched {
+		ends = 2
+	}
+	d, err := startDaemon(c.vhostd, network, ends*(n+1))
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, d.stop()) }()
-	guests, _, err := connect(d, n+1, c.size)
+	guests, _, err := connect(d, ends*(n+1), c.size)
 	if err != nil {
 		return nil, err
 	}
+	all := guests
 	defer func() {
-		for _, g := range guests {
+		for _, g := range all {
 			g.close()
 		}
 	}()
-	f := &fairness{Trickling: n, Took: took}
+	if network == switched {
+		if err := acquaint(guests); err != nil {
+			return nil, err
+		}
+	}
+	guests = guests[:n+1] // who send
+	f := &fairness{Network: "a port each", Trickling: n, Took: took}
+	if network == switched {
+		f.Network = "a switch"
+	}
 	alone, _, err := trickling(guests[1:], took/4)
 	if err != nil {
 		return nil, fmt.Errorf("alone: %w", err)
@@ -68,8 +83,27 @@ func fairly(c config, n int, took time.Duration) (_ *fairness, err error) {
 		return nil, err
 	}
 	f.Flooded = float64(sent) / time.Since(from).Seconds()
-	f.Sent, f.Queued, f.Back = len(back), quantilesOf(queued), quantilesOf(back)
+	f.Sent, f.Queued, f.There = len(back), quantilesOf(queued), quantilesOf(back)
 	return f, nil
+}
+
+// acquaint makes the guests of the second half the peers of those in the first, and has the switch learn all of them.
+func acquaint(guests []*guest) error {
+	n := len(guests) / 2
+	for i, g := range guests {
+		if err := g.introduce(); err != nil {
+			return err
+		}
+		if i < n {
+			g.peer, g.to = guests[i+n], guests[i+n].mac
+		}
+	}
+	for _, g := range guests {
+		if err := g.forget(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // trickling has guests trickle for a while; a frame that does not come back is an error.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -32,9 +33,15 @@ type guest struct {
 	fe    *vhostuser.FrontEnd
 	recv  *queue
 	send  *queue
-	frame int // the next to send
-	want  int // the next to come
+	mac   [6]byte
+	to    [6]byte // whom frames are for
+	peer  *guest  // who gets them: the guest itself, at a port that returns them
+	frame int     // the next to send
+	want  int     // the next to come
 }
+
+// guests counts them, for their addresses.
+var guests atomic.Uint32
 
 // queue is a virtqueue, seen from the guest. Buffer i is slotSize bytes from bufs+i*slotSize on.
 type queue struct {
@@ -52,7 +59,9 @@ type queue struct {
 
 // newGuest connects to a port and starts its queues, of size descriptors each. Receive buffers are posted, calls are wanted: it idles.
 func newGuest(path string, size int) (_ *guest, err error) {
-	g := &guest{fd: -1}
+	n := guests.Add(1)
+	g := &guest{fd: -1, mac: [6]byte{2, 0, 0, 0, byte(n >> 8), byte(n)}, to: [6]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}}
+	g.peer = g
 	defer func() {
 		if err != nil {
 			g.close()

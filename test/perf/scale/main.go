@@ -22,8 +22,9 @@
 //
 // # Fairness
 //
-// One guest sends as fast as it can and others a frame now and then, each at a port of its own. What is measured is how long the others wait for
-// the used element of their frame, and for the frame to come back, wake-ups of their own thread included: more than the wait in the queue.
+// One guest sends as fast as it can and others a frame now and then: each at a port of its own that returns them, and then all at one switch, where each has
+// another guest that gets them. What is measured is how long the others wait for the used element of their frame, and for the frame to arrive,
+// wake-ups of their own thread included: more than the wait in the queue.
 package main
 
 import (
@@ -77,12 +78,16 @@ func measure(w io.Writer, c config, counts string, fair time.Duration, asJSON bo
 		}
 		all = append(all, *r)
 	}
-	var f *fairness
-	if fair > 0 {
-		var err error
-		if f, err = fairly(c, 9, fair); err != nil {
+	var f []fairness
+	for _, network := range []string{echoing, switched} {
+		if fair == 0 {
+			break
+		}
+		one, err := fairly(c, network, 9, fair)
+		if err != nil {
 			return fmt.Errorf("fairness: %w", err)
 		}
+		f = append(f, *one)
 	}
 	if asJSON {
 		return json.NewEncoder(w).Encode(map[string]any{"guests": all, "fairness": f})
@@ -111,7 +116,7 @@ const (
 )
 
 func scale(c config, n int) (_ *result, err error) {
-	d, err := startDaemon(c.vhostd, n)
+	d, err := startDaemon(c.vhostd, echoing, n)
 	if err != nil {
 		return nil, err
 	}

@@ -9,7 +9,7 @@ import (
 )
 
 // report prints Markdown.
-func report(w io.Writer, all []result, f *fairness) error {
+func report(w io.Writer, all []result, fair []fairness) error {
 	p := func(format string, args ...any) { fmt.Fprintf(w, format, args...) }
 	p("| guests | memory idle, KiB each | after traffic, KiB each | page tables, KiB each | threads | descriptors | idle CPU, %% of one | connect, median / p99 / most |\n")
 	p("|---:|---:|---:|---:|---:|---:|---:|---:|\n")
@@ -22,16 +22,15 @@ func report(w io.Writer, all []result, f *fairness) error {
 	for _, r := range all {
 		p("| %d | %d | %d | %d | %d | %d / %d / %d |\n", r.Guests, r.Start.Private, r.Left.Private, r.Again.Private, r.Again.Threads, r.Start.FDs, r.Left.FDs, r.Again.FDs)
 	}
-	if f == nil {
-		return nil
-	}
-	p("\nOne guest floods (%.0f frames/s), %d send a frame every %v each: %d frames in %v, none lost.\n\n", f.Flooded, f.Trickling, every, f.Sent, f.Took)
-	p("| wait of those that trickle | median | p99 | most |\n|---|---:|---:|---:|\n")
-	for _, row := range []struct {
-		name string
-		q    quantiles
-	}{{"used element, nobody floods", f.Alone}, {"used element", f.Queued}, {"frame is back", f.Back}} {
-		p("| %s | %v | %v | %v |\n", row.name, ms(row.q.Median), ms(row.q.P99), ms(row.q.Max))
+	for _, f := range fair {
+		p("\n%s: one guest floods (%.0f frames/s), %d send a frame every %v each: %d frames in %v, none lost.\n\n", f.Network, f.Flooded, f.Trickling, every, f.Sent, f.Took)
+		p("| wait of those that trickle | median | p99 | most |\n|---|---:|---:|---:|\n")
+		for _, row := range []struct {
+			name string
+			q    quantiles
+		}{{"used element, nobody floods", f.Alone}, {"used element", f.Queued}, {"frame has arrived", f.There}} {
+			p("| %s | %v | %v | %v |\n", row.name, ms(row.q.Median), ms(row.q.P99), ms(row.q.Max))
+		}
 	}
 	return nil
 }

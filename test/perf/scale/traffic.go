@@ -20,7 +20,9 @@ func (g *guest) put(n int) error {
 	}
 	clear(b[:g.send.hdr])
 	f := b[g.send.hdr:]
-	copy(f, "\xff\xff\xff\xff\xff\xff\x02\x00\x00\x00\x00\x01\x88\xb5")
+	copy(f, g.to[:])
+	copy(f[6:], g.mac[:])
+	copy(f[12:], "\x88\xb5")
 	binary.BigEndian.PutUint64(f[14:], uint64(g.frame))
 	g.frame++
 	return nil
@@ -74,7 +76,7 @@ func (g *guest) echo(n, size int) error {
 	return g.settle()
 }
 
-// flood sends as fast as it goes, and takes what comes back unseen, until stop. It never sleeps.
+// flood sends as fast as it goes, and takes what comes to its peer unseen, until stop. It never sleeps.
 func (g *guest) flood(stop <-chan struct{}) (sent int, err error) {
 	for {
 		select {
@@ -93,16 +95,17 @@ func (g *guest) flood(stop <-chan struct{}) (sent int, err error) {
 		g.send.flush()
 		for g.send.reap() != nil {
 		}
-		for g.recv.reap() != nil {
+		to := g.peer.recv
+		for to.reap() != nil {
 		}
-		if err := errors.Join(g.recv.post(), g.send.driver.Err(), g.recv.driver.Err()); err != nil {
+		if err := errors.Join(to.post(), g.send.driver.Err(), to.driver.Err()); err != nil {
 			return sent, err
 		}
 	}
 }
 
-// trickle sends a frame every so often and waits for it to be used and to come back. It returns how long the transmitq's used element took
-// each time, and how long the way there and back: the wake-ups of this thread are in both.
+// trickle sends a frame every so often and waits for it to be used and to come to its peer. It returns how long the transmitq's used element took
+// each time, and how long the whole way: the wake-ups of this thread are in both.
 func (g *guest) trickle(every time.Duration, stop <-chan struct{}) (queued, back []time.Duration, err error) {
 	next := time.NewTicker(every)
 	defer next.Stop()
@@ -121,7 +124,7 @@ func (g *guest) trickle(every time.Duration, stop <-chan struct{}) (queued, back
 			return queued, back, err
 		}
 		queued = append(queued, time.Since(from))
-		if err := g.take(); err != nil {
+		if err := g.peer.take(); err != nil {
 			return queued, back, err
 		}
 		back = append(back, time.Since(from))
@@ -135,4 +138,24 @@ func quantile(d []time.Duration, q float64) time.Duration {
 	}
 	slices.Sort(d)
 	return d[min(int(float64(len(d))*q), len(d)-1)]
+}
+
+// introduce has the switch learn the guest's address, with a frame to all.
+func (g *guest) introduce() error {
+	to := g.to
+	g.to = [6]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
+	if err := g.put(60); err != nil {
+		return err
+	}
+	g.frame--
+	g.send.flush()
+	g.to = to
+	return g.settle()
+}
+
+// forget takes all frames that have come, unseen.
+func (g *guest) forget() error {
+	for g.recv.reap() != nil {
+	}
+	return g.recv.post()
 }
