@@ -43,7 +43,11 @@ func logger(t testing.TB) *slog.Logger {
 			t.Logf("the back-end's log:\n%s", w.String())
 		}
 	})
-	return slog.New(slog.NewTextHandler(&w, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	return textLog(&w)
+}
+
+func textLog(w *lockedBuffer) *slog.Logger {
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: slog.LevelDebug}))
 }
 
 type lockedBuffer struct {
