@@ -151,7 +151,9 @@ func TestFaultySend(t *testing.T) {
 				}
 				return len(bufs)
 			},
-			want: func(o map[string]uint64) bool { return o["copied"]+o["dropped"]+o["zerocopied"] == frames && o["dropped"] > 0 },
+			want: func(o map[string]uint64) bool {
+				return o["copied"]+o["dropped"]+o["zerocopied"] == frames && o["dropped"] > 0
+			},
 		},
 		"late and out of order": {
 			send: func(f *faulty, r *rand.Rand, bufs []*zerocopy.Buffer) int {
