@@ -46,6 +46,7 @@ var layers = map[string][]string{
 	"internal/vhosttest": {"*"},
 	"internal/require":   {},
 	"internal/confine":   {},
+	"internal/sysfault":  {},
 	"netdev/netdevtest":  {"*"},
 	"test/*":             {"*"},
 }

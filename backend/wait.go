@@ -10,7 +10,7 @@ import (
 	"github.com/vhostd/vhostd/internal/sys"
 )
 
-// kickless is how often a ring is looked at that has no kick descriptor, and a device that cannot be polled.
+// kickless is how often a ring is looked at that has no kick descriptor, a device that cannot be polled, and all of them while the kernel cannot wait.
 const kickless = time.Millisecond
 
 // waitSet is what a worker waits for on behalf of a queue, beside its wake descriptor, and what came of it. It belongs to the worker's thread.
@@ -54,7 +54,11 @@ func (w *worker) wait(queues []*queue) {
 	from := time.Now()
 	err := w.sleep(w.fds, timeout)
 	w.poll.slept(time.Since(from))
-	if err != nil && !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.EAGAIN) {
+	switch {
+	case err == nil, errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
+	case errors.Is(err, unix.ENOMEM):
+		time.Sleep(kickless) // the kernel had no memory for the wait: as if there were nothing to wait for
+	default:
 		panic("bug: waiting for a queue's descriptors: " + err.Error())
 	}
 	if w.fds[0].Revents != 0 {

@@ -70,7 +70,7 @@ func (q *queue) Recv(p *zerocopy.Posted, limit int) (n int, idle bool, err error
 			res = r.place(p, segs, got-q.hdr)
 		case unix.EAGAIN:
 			return n, true, q.alive()
-		case unix.EFAULT, unix.ENOMEM, unix.EINVAL:
+		case unix.EFAULT, unix.ENOMEM, unix.ENOBUFS, unix.EINVAL:
 			// That frame's end. Guest memory that is not there is EFAULT from a macvtap; a tap claims to have written, and the
 			// header's write faults.
 			r.lost.Add(1)
