@@ -120,6 +120,7 @@ func (b *Backend) Features() (virtio.Features, vhostuser.ProtocolFeatures) {
 // Serve accepts one front-end after the other and serves each until it goes away; the next may be the same VMM, restarted, or its guest after a
 // crash. It returns nil when ctx ends or the Acceptor has no more connections, and else the Acceptor's error.
 func (b *Backend) Serve(ctx context.Context, src vhostuser.Acceptor) error {
+	var storm budget
 	for {
 		conn, err := src.Accept(ctx)
 		switch {
@@ -128,6 +129,7 @@ func (b *Backend) Serve(ctx context.Context, src vhostuser.Acceptor) error {
 		case err != nil:
 			return fmt.Errorf("waiting for a front-end: %w", err)
 		}
+		pause(ctx, storm.spend(sessionBurst, sessionRate, time.Now()))
 		b.serve(ctx, conn)
 	}
 }

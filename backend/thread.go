@@ -22,8 +22,9 @@ type worker struct {
 	queues atomic.Pointer[[]*queue] // whose rings are started, transmitqs first: what they send may be there for the receiveq at once
 
 	// The thread's own.
-	poll poller
-	fds  []unix.PollFd
+	poll   poller
+	fds    []unix.PollFd
+	barren int // kicks since there was work
 }
 
 func newWorker(o Options) (*worker, error) {

@@ -51,6 +51,9 @@ func (w *worker) wait(queues []*queue) {
 			timeout = &ts
 		}
 	}
+	if w.barren > barrenKicks {
+		time.Sleep(barrenPause) // a storm of kicks adds up to one meanwhile
+	}
 	from := time.Now()
 	err := w.sleep(w.fds, timeout)
 	w.poll.slept(time.Since(from))
@@ -65,7 +68,9 @@ func (w *worker) wait(queues []*queue) {
 		w.wake.Drain()
 	}
 	for i, q := range queues {
-		q.waits.slept, q.waits.kicked = true, w.fds[1+perQueue*i].Revents != 0
+		if q.waits.slept, q.waits.kicked = true, w.fds[1+perQueue*i].Revents != 0; q.waits.kicked {
+			w.barren++
+		}
 	}
 }
 

@@ -57,7 +57,7 @@ func (w *worker) run() {
 		switch next {
 		case again:
 			w.poll.worked()
-			arm, looks = false, 0
+			arm, looks, w.barren = false, 0, 0
 		case idle:
 			// The clock is looked at now and then only: that takes as long as a look at a ring.
 			if looks++; looks%looksPerClock == 1 || !w.poll.polling() {

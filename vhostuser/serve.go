@@ -52,6 +52,7 @@ type session struct {
 	opts     Options
 	owned    bool             // SET_OWNER was seen
 	protocol ProtocolFeatures // acked
+	pace     pace
 }
 
 func (s *session) run() error {
@@ -63,6 +64,7 @@ func (s *session) run() error {
 		if err := s.serve(m); err != nil {
 			return err
 		}
+		s.rest(m.Request)
 	}
 }
 

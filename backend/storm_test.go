@@ -1,0 +1,53 @@
+package backend_test
+
+import (
+	"testing"
+	"time"
+
+	"github.com/vhostd/vhostd/internal/vhosttest"
+	"github.com/vhostd/vhostd/virtio"
+)
+
+// TestKickStorm: kicks of a queue in which there is nothing to do add up: a worker wakes for few of them, and for a frame as ever.
+func TestKickStorm(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	n := newNeighbour(t)
+	e := start(t, newDevice(t, 1), vhosttest.Options{})
+	e.works(t)
+	q := e.Transmitq(0)
+	before, begin := e.be.Stats().Queues[1], time.Now()
+	for time.Since(begin) < 200*time.Millisecond {
+		q.Kick.Signal()
+	}
+	after := e.be.Stats().Queues[1]
+	// A pause is never shorter than 100 us, so that there is no more than one kick to it, however fast the machine is.
+	if kicks, most := after.Kicks-before.Kicks, uint64(time.Since(begin)/(100*time.Microsecond))+100; kicks > most {
+		t.Errorf("the worker woke for %d kicks, want %d at most", kicks, most)
+	}
+	for i := range 100 {
+		if err := e.Send(0, virtio.NetHdr{}, vhosttest.Frame(uint64(i), 100), nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := q.Settle(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.goesOn(t)
+}
+
+// TestReconnectStorm: front-ends that come and go as fast as they can are served at a rate, and the Backend ends when it is told to all the same.
+func TestReconnectStorm(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	n := newNeighbour(t)
+	e := start(t, newDevice(t, 1), vhosttest.Options{})
+	const burst, more, rate = 200, 20, 50 // of backend.Serve
+	begin := time.Now()
+	for range burst + more {
+		e.Dial()
+		e.Barrier()
+	}
+	if took, least := time.Since(begin), more*time.Second/rate; took < least*9/10 {
+		t.Errorf("%d front-ends beyond the burst were served in %v, want %v at least", more, took, least)
+	}
+	n.goesOn(t)
+}

@@ -1,0 +1,52 @@
+package vhostuser
+
+import "time"
+
+// How many messages a session may send: a front-end that starts, migrates or plugs memory sends some hundreds and rests. One that never rests would keep a
+// processor busy that other sessions' workers want, and the process's memory map locked that they fault on.
+const (
+	paceBurst = 4096 // messages at once
+	paceRate  = 2000 // messages a second in the long run
+	paceHeavy = 8    // that a message counts for which all queues stand still
+)
+
+// pace is a session's budget of messages.
+type pace struct {
+	left float64
+	at   time.Time // when left was right; zero: never yet
+}
+
+// spend takes a message from the budget, and tells how long to wait before the next one is served.
+func (p *pace) spend(cost float64, now time.Time) time.Duration {
+	if p.at.IsZero() {
+		p.left, p.at = paceBurst, now
+	}
+	p.left = min(p.left+paceRate*now.Sub(p.at).Seconds(), paceBurst) - cost
+	p.at = now
+	if p.left >= 0 {
+		return 0
+	}
+	return time.Duration(-p.left / paceRate * float64(time.Second))
+}
+
+// cost is what a request takes from the budget.
+func cost(r Request) float64 {
+	if frontEndTable[r].pause == PauseAll {
+		return paceHeavy
+	}
+	return 1
+}
+
+// rest waits as long as the budget says, or until the connection is closed.
+func (s *session) rest(r Request) {
+	d := s.pace.spend(cost(r), time.Now())
+	if d <= 0 {
+		return
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-s.conn.Closed():
+	}
+}
