@@ -116,10 +116,12 @@ func (d *daemonOf) get(t *testing.T, path string) string {
 		return c, err
 	}
 	client := &http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}, Timeout: vhosttest.Patience}
-	resp, err := client.Get("http://" + d.metrics + path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	var resp *http.Response
+	vhosttest.Eventually(t, "an answer to "+path, func() bool { // the server gives up on who asks too slowly, as all do on a busy machine
+		r, err := client.Get("http://" + d.metrics + path)
+		resp = r
+		return err == nil
+	})
 	defer resp.Body.Close()
 	b, err := io.ReadAll(resp.Body)
 	if err != nil {
