@@ -20,7 +20,6 @@ type lab struct {
 	s     *l2switch.Switch
 	ports map[string]netdev.Device
 	peers map[string]*netdevtest.Peer
-	seq   uint64
 }
 
 func newLab(t *testing.T, c l2switch.Config, ports ...l2switch.PortConfig) *lab {
