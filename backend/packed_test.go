@@ -72,7 +72,7 @@ func TestPackedMultiqueue(t *testing.T) {
 }
 
 func TestPackedPingPongLosesNoWakeUp(t *testing.T) {
-	rounds := 50_000
+	rounds := 20_000
 	if testing.Short() {
 		rounds = 5_000
 	}

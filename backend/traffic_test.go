@@ -199,7 +199,7 @@ func TestDisabledRingReceivesNothing(t *testing.T) {
 
 // One frame at a time, with both sides asleep in between: a wake-up that is lost is a hang.
 func TestPingPongLosesNoWakeUp(t *testing.T) {
-	rounds := 100_000
+	rounds := 40_000
 	if testing.Short() {
 		rounds = 5_000
 	}
