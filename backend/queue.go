@@ -75,6 +75,14 @@ func (q *queue) unlock() {
 	q.worker.signal()
 }
 
+// unlockUnchanged is unlock for who has only looked: the worker is woken if it came by meanwhile, and sleeps on if it did not.
+func (q *queue) unlockUnchanged() {
+	q.mu.Unlock()
+	if q.passed.Swap(false) {
+		q.worker.signal()
+	}
+}
+
 // close frees the descriptors of a queue that has stopped.
 func (q *queue) close() {
 	q.lock()

@@ -101,7 +101,7 @@ func (b *Backend) queueStats(s *session, i int) QueueStats {
 	if s != nil {
 		q := s.queues[i]
 		q.lock()
-		defer q.unlock()
+		defer q.unlockUnchanged()
 		q.addTo(&st)
 		st.Size, st.Started, st.Enabled = q.setup.size, q.started, q.enabled
 		if q.broken != nil {

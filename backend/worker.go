@@ -73,7 +73,7 @@ func (w *worker) run() {
 // turn works on a few batches, with the queue locked. With arm it asks for notifications where there is nothing to do. A queue that the control
 // side has, or wants, is left to it, or one at whose door another worker is: they wake this one when they unlock it. To wait for the lock would be to wait for queues that this worker holds up.
 func (q *queue) turn(arm bool) (next step) {
-	if q.attention.Load() || !q.tryLock() {
+	if !q.tryLock() {
 		q.waits.none()
 		return wait
 	}
@@ -96,13 +96,13 @@ func (q *queue) turn(arm bool) (next step) {
 	return q.batches(arm)
 }
 
-// tryLock locks the queue unless it is locked. Who has it then wakes the worker afterwards.
+// tryLock locks the queue unless it is locked, or about to be. Who has it then wakes the worker afterwards.
 func (q *queue) tryLock() bool {
-	if q.mu.TryLock() {
+	if !q.attention.Load() && q.mu.TryLock() {
 		return true
 	}
 	q.passed.Store(true) // before another look: who unlocks looks at passed behind that
-	return q.mu.TryLock()
+	return !q.attention.Load() && q.mu.TryLock()
 }
 
 // batches moves batches until there is nothing to do, somebody else wants the queue, or they were many.
