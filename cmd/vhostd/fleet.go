@@ -32,6 +32,9 @@ type fleet struct {
 	kept     *confine.Needs // that this process was confined to; nil: it was not
 	confined chan struct{}  // closed when it is confined, or is not to be: then front-ends are served
 
+	threads   int    // that there may be
+	threadsBy string // what says so
+
 	mu    sync.Mutex // innermost
 	parts map[id]part
 }
@@ -54,7 +57,9 @@ type part interface {
 }
 
 func newFleet(ctx context.Context, path string, log *slog.Logger, level *slog.LevelVar) *fleet {
-	return &fleet{ctx: ctx, path: path, log: log, level: level, start: time.Now(), confined: make(chan struct{}), parts: map[id]part{}}
+	f := &fleet{ctx: ctx, path: path, log: log, level: level, start: time.Now(), confined: make(chan struct{}), parts: map[id]part{}}
+	f.allowThreads()
+	return f
 }
 
 // begin opens all that the first file has, and serves it once the process is confined.

@@ -33,21 +33,27 @@ func (f *fleet) openPort(conf config.Port, s settled) part {
 			return sw.AddPort(s.rules)
 		}
 	}
-	return startMember(f.ctx, f.confined, conf, s, f.log.With("port", conf.Name))
+	return f.startMember(conf, s, f.log.With("port", conf.Name))
 }
 
-// startMember opens a port and serves it from the time on that ready is closed, until it is stopped or fails.
-func startMember(ctx context.Context, ready <-chan struct{}, conf config.Port, s settled, log *slog.Logger) *member {
+// startMember opens a port and serves it from the time on that the process is confined, until it is stopped or fails.
+func (f *fleet) startMember(conf config.Port, s settled, log *slog.Logger) *member {
 	m := &member{conf: conf, done: make(chan struct{})}
-	ctx, m.cancel = context.WithCancel(ctx)
+	var ctx context.Context
+	ctx, m.cancel = context.WithCancel(f.ctx)
 	p, err := openPort(s.settings, s.open, log)
+	if err == nil {
+		if err = f.room(p.pairs()); err != nil {
+			err = errors.Join(err, p.close())
+		}
+	}
 	if err != nil {
 		m.fail(err)
 		close(m.done)
 		return m
 	}
 	m.port = p
-	go m.serve(ctx, ready)
+	go m.serve(ctx, f.confined)
 	return m
 }
 

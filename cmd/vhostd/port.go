@@ -46,6 +46,9 @@ func (p *port) serveDevice(s settings) (err error) {
 	return nil
 }
 
+// pairs is how many queue pairs a front-end can start.
+func (p *port) pairs() int { return p.be.Stats().Device.Pairs }
+
 // close closes what openPort has opened. Nobody is served any more.
 func (p *port) close() error {
 	err := p.src.Close()

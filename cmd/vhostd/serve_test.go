@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -465,4 +466,27 @@ func TestServeTellsServiceManager(t *testing.T) {
 		t.Error("it did not end cleanly")
 	}
 	hears("STOPPING=1")
+}
+
+// TestTooManyThreads: a port for whose queues there may be no threads is not opened, and says why.
+func TestTooManyThreads(t *testing.T) {
+	f := newFleet(t.Context(), "f", slog.New(slog.DiscardHandler), new(slog.LevelVar))
+	if f.threads < otherThreads || f.threadsBy == "" {
+		t.Fatalf("%d threads, says %s", f.threads, f.threadsBy)
+	}
+	f.threads, f.threadsBy = otherThreads+8, "this test"
+	dir := vhosttest.ShortDir(t)
+	file := config.Parse("f", []byte("[defaults]\nnet = \"null\"\nsocket-path = \""+dir+"/{port}\"\n[port.a]\nqueues = 3\n[port.b]\nqueues = 2\n[port.c]\n"))
+	u := &understood{Config: file.Config}
+	for _, name := range []string{"a", "b", "c"} {
+		p := f.openPort(u.Ports[name], u.settle(file, name, portSettings(u.Ports[name])))
+		f.put(id{config.KindPort, name}, p)
+		defer p.stop() //nolint:errcheck // told by others
+		switch err := p.err(); {
+		case name != "b" && err != nil:
+			t.Errorf("%s: %v", name, err)
+		case name == "b" && (err == nil || err.Error() != "the port can take 4 threads, one for each queue, and 2 are left of the 264 that this test allows" || exists(dir+"/b")):
+			t.Errorf("%s: %v", name, err)
+		}
+	}
 }
