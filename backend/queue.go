@@ -48,6 +48,7 @@ type queue struct {
 	ring   *vring.Device
 	window *zerocopy.Window // of a transmitq
 	posted *zerocopy.Posted // of a receiveq
+	rest   zerocopy.Rest    // and what waited in there when it stopped
 	batch  [batchSize]*zerocopy.Buffer
 	unsent []*zerocopy.Buffer // the part of batch that the device has not taken yet
 	check  bool               // headers are to be validated: the device looks at them
@@ -90,6 +91,9 @@ func (q *queue) close() {
 	setFD(&q.kick, -1)
 	setFD(&q.call, -1)
 	setFD(&q.errfd, -1)
+	q.live.cut += uint64(q.rest.Len())
+	q.rest = zerocopy.Rest{}
+	q.fold()
 }
 
 func setFD(fd *int, to int) {
@@ -242,6 +246,8 @@ func (q *queue) open() error {
 		q.check = !q.s.b.dev.Capabilities().IgnoresHeader
 	} else {
 		q.posted = zerocopy.NewPosted(q.ring, q.feat)
+		q.posted.Inherit(q.rest)
+		q.rest = zerocopy.Rest{}
 		q.ring.DisableKick() // a driver that posts buffers is heard of only when a frame waits for them
 	}
 	return nil

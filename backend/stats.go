@@ -11,6 +11,7 @@ import (
 type counters struct {
 	kicks, calls, waits             uint64
 	kickErrors, callErrors, invalid uint64
+	cut                             uint64 // segments that waited for room when the session ended
 	deviceFailed                    bool
 }
 
@@ -132,6 +133,7 @@ func (q *queue) addTo(st *QueueStats) {
 	st.Calls += l.calls
 	st.Waits += l.waits
 	st.Invalid += l.invalid
+	st.TooBig += l.cut
 	st.NotifyErrors += l.kickErrors + l.callErrors
 	if w := q.window; w != nil {
 		st.addWindow(&w.Stats)

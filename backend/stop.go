@@ -126,7 +126,7 @@ func (q *queue) finish() error {
 		q.window.Abandon()
 	}
 	if q.posted != nil {
-		q.posted.Close()
+		q.rest = q.posted.Close()
 	}
 	q.unsent, q.fault = nil, nil
 	q.fold()

@@ -58,12 +58,6 @@ type Posted struct {
 	pending []segment // the rest of a frame that was cut, waiting for room
 }
 
-// segment is a frame in private memory.
-type segment struct {
-	hdr  virtio.NetHdr
-	data []byte
-}
-
 // NewPosted returns the Posted of ring for a driver that negotiated f.
 func NewPosted(ring *vring.Device, f virtio.Features) *Posted {
 	n := vring.Slots(ring.Size())
@@ -288,70 +282,6 @@ func (p *Posted) useAll(total int) {
 	}
 }
 
-// lower cuts the frame, or completes its checksum, and writes what comes of it. What does not fit now is kept for the next turn, so that
-// a frame is taken whole or not at all.
-func (p *Posted) lower(hdr virtio.NetHdr, frags [][]byte, takes offload.Set) WriteResult {
-	if p.held() == 0 && !p.pop() {
-		return p.count(NoRoom)
-	}
-	if err := p.seg.Start(hdr, frags, takes); err != nil {
-		return p.count(TooBig)
-	}
-	for {
-		h, n, payload, ok := p.seg.Next(p.head[:])
-		if !ok {
-			return Written
-		}
-		p.parts = append(append(p.parts[:0], p.head[:n]), payload...)
-		if len(p.pending) == 0 {
-			switch p.write(&h, p.parts) {
-			case Written:
-				continue
-			case TooBig:
-				p.Stats.TooBig++
-				continue
-			}
-			p.Stats.NoRoom++
-		}
-		p.keep(h)
-	}
-}
-
-// keep copies the frame in p.parts to the end of pending.
-func (p *Posted) keep(hdr virtio.NetHdr) {
-	n := len(p.pending)
-	if n == cap(p.pending) {
-		p.pending = append(p.pending, segment{})[:n]
-	}
-	s := &p.pending[:n+1][n]
-	s.hdr, s.data = hdr, s.data[:0]
-	for _, f := range p.parts {
-		s.data = append(s.data, f...)
-	}
-	p.pending = p.pending[:n+1] // last: the sender's memory may fault, and half a frame is none
-}
-
-// Flush writes what is left of a frame that was cut. It reports false when the guest has not posted enough.
-func (p *Posted) Flush() bool {
-	for i := range p.pending {
-		s := &p.pending[i]
-		p.parts = append(p.parts[:0], s.data)
-		switch p.write(&s.hdr, p.parts) {
-		case NoRoom:
-			if i > 0 {
-				// Keep the memory of the written ones behind the rest, for reuse.
-				rest := append(append([]segment(nil), p.pending[i:]...), p.pending[:i]...)
-				p.pending = rest[:len(p.pending)-i]
-			}
-			return false
-		case TooBig:
-			p.Stats.TooBig++
-		}
-	}
-	p.pending = p.pending[:0]
-	return true
-}
-
 // Space returns the guest's posted buffers, in order, for a frame of up to min bytes with its virtio-net header in front, and their length.
 // It is less than min when the guest has posted less, or, without MRG_RXBUF, when its next buffer is smaller; 0 when nothing can be
 // received now. The segments are good until the next call of any method.
@@ -445,12 +375,6 @@ func (p *Posted) GiveBack() {
 	p.ring.Unpop(p.held())
 	p.first, p.last, p.flattened, p.room = 0, 0, 0, 0
 	p.flat, p.flatStart = p.flat[:0], 0
-}
-
-// Close drops what waits for room, for a queue that has stopped.
-func (p *Posted) Close() {
-	p.Stats.TooBig += uint64(len(p.pending))
-	p.pending = p.pending[:0]
 }
 
 // scatter writes a stream of bytes over the segments of the chains that are held.

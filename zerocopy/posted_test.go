@@ -242,13 +242,33 @@ func TestPostedLowers(t *testing.T) {
 	if r := p.Write(virtio.NetHdr{}, [][]byte{frame(60, 1)}); r != Written || p.Stats.TooBig != 0 {
 		t.Error(r, p.Stats)
 	}
-	// A queue that stops counts what still waits.
-	g.add(2000)
-	if r := p.Write(hdr, [][]byte{data}); r != Written {
-		t.Fatalf("result %v", r)
-	}
-	if p.Close(); p.Stats.TooBig != 3 || !p.Flush() {
-		t.Errorf("%d segments dropped, want 3", p.Stats.TooBig)
+}
+
+// TestPostedInherits: what is left of a frame that was cut outlives the queue, for a driver with the same offloads; for another one it is lost, and counted.
+func TestPostedInherits(t *testing.T) {
+	hdr := virtio.NetHdr{Flags: virtio.NetHdrNeedsCsum, GSOType: virtio.GSOTCPv4, GSOSize: 1000, HdrLen: 54, CsumStart: 34, CsumOffset: 16}
+	for f, lost := range map[virtio.Features]uint64{features: 0, features | virtio.FNetGuestCsum: 3} {
+		g := newPosts(t, 8)
+		p := NewPosted(g.ring, features)
+		g.add(2000)
+		if r := p.Write(hdr, [][]byte{tcpFrame(4000)}); r != Written {
+			t.Fatalf("result %v", r)
+		}
+		rest := p.Close()
+		if !p.Flush() {
+			t.Error("a queue that was closed has frames all the same")
+		}
+		next := NewPosted(g.ring, f)
+		next.Inherit(rest)
+		for range 4 {
+			g.add(2000)
+		}
+		if !next.Flush() {
+			t.Error("the rest found no room")
+		}
+		if got := next.Stats; got.TooBig != lost || got.Frames != 3-lost {
+			t.Errorf("features %v: %d segments arrived and %d count as lost, want %d and %d", f, got.Frames, got.TooBig, 3-lost, lost)
+		}
 	}
 }
 
