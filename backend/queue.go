@@ -53,6 +53,8 @@ type queue struct {
 	unsent []*zerocopy.Buffer // the part of batch that the device has not taken yet
 	check  bool               // headers are to be validated: the device looks at them
 	feat   virtio.Features
+	bad    uint64 // chains without a good frame, when last counted
+	waste  int    // those that were not made up for
 
 	waits waitSet // the worker's
 	live  counters
@@ -242,7 +244,7 @@ func (q *queue) open() error {
 		return err
 	}
 	if q.fromGuest {
-		q.window = zerocopy.NewWindow(q.ring, q.feat, q.worker.signal)
+		q.window, q.bad = zerocopy.NewWindow(q.ring, q.feat, q.worker.signal), 0
 		q.check = !q.s.b.dev.Capabilities().IgnoresHeader
 	} else {
 		q.posted = zerocopy.NewPosted(q.ring, q.feat)

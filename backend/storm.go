@@ -11,7 +11,23 @@ const (
 	sessionRate  = 50  // a second in the long run
 	barrenKicks  = 64  // kicks of a queue in which there was nothing to do, one after the other
 	barrenPause  = 100 * time.Microsecond
+	wasteLimit   = 1024 // chains that hold no frame, or one whose header makes no sense, more than good ones
+	wasteMost    = wasteLimit + 256
+	wastePause   = time.Millisecond // for a batch of them
 )
+
+// wasted weighs the chains of a transmitq that were worked on for nothing against the frames that it held, and tells whether there were too many: the worker
+// then has a pause after each batch, and the processor is others'. A guest that sends as many good frames as bad chains is not held up, and one that mends
+// its ways soon is not.
+func (q *queue) wasted(frames int) bool {
+	bad := q.window.Stats.Malformed + q.live.invalid
+	if bad == q.bad && q.waste == 0 {
+		return false
+	}
+	q.waste = min(max(q.waste+int(bad-q.bad)-frames, 0), wasteMost)
+	q.bad = bad
+	return q.waste > wasteLimit
+}
 
 // budget is what is left of a number of things that may happen at once, and come back at a rate.
 type budget struct {

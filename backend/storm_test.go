@@ -1,11 +1,13 @@
 package backend_test
 
 import (
+	"errors"
 	"testing"
 	"time"
 
 	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/virtio"
+	"github.com/vhostd/vhostd/vring"
 )
 
 // TestKickStorm: kicks of a queue in which there is nothing to do add up: a worker wakes for few of them, and for a frame as ever.
@@ -32,6 +34,42 @@ func TestKickStorm(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	n.goesOn(t)
+}
+
+// TestWorthlessChains: a worker whose guest sends nothing but chains without a frame pauses between batches, and goes on as ever when it is sent frames.
+func TestWorthlessChains(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	n := newNeighbour(t)
+	e := start(t, newDevice(t, 1), vhosttest.Options{})
+	e.works(t)
+	const chains, free, batch = 20000, 2048, 64 // free before the first pause; at most so many in a batch
+	q, begin := e.Transmitq(0), time.Now()
+	for sent := 0; sent < chains; {
+		_, err := q.Resend(virtio.NetHdrSize+1, nil)
+		switch {
+		case err == nil:
+			sent++
+			continue
+		case !errors.Is(err, vring.ErrFull):
+			t.Fatal(err)
+		}
+		q.Flush()
+		if q.Reap() == 0 {
+			time.Sleep(50 * time.Microsecond)
+		}
+	}
+	q.Flush()
+	if err := q.Settle(); err != nil {
+		t.Fatal(err)
+	}
+	if took, least := time.Since(begin), (chains-free)/batch*time.Millisecond; took < least {
+		t.Errorf("%d chains without a frame were taken in %v, want %v at least", chains, took, least)
+	}
+	if got := e.be.Stats().Queues[1].Malformed; got != chains {
+		t.Errorf("%d chains count as malformed of %d", got, chains)
+	}
+	e.works(t)
 	n.goesOn(t)
 }
 

@@ -16,6 +16,7 @@ type step uint8
 
 const (
 	again step = iota // there may be more work
+	vain              // the same, but most of the work was for nothing: after a pause
 	idle              // there was none: poll for a while, then arm the notifications and wait
 	wait              // wait for what waits says; the notifications that are wanted are armed
 	quit              // the ring has stopped
@@ -55,9 +56,12 @@ func (w *worker) run() {
 			next = min(next, s)
 		}
 		switch next {
-		case again:
+		case again, vain:
 			w.poll.worked()
 			arm, looks, w.barren = false, 0, 0
+			if next == vain {
+				time.Sleep(wastePause)
+			}
 		case idle:
 			// The clock is looked at now and then only: that takes as long as a look at a ring.
 			if looks++; looks%looksPerClock == 1 || !w.poll.polling() {
@@ -152,18 +156,18 @@ func (q *queue) transmit(arm bool) step {
 			q.unsent = q.validate(q.unsent)
 		}
 	}
-	moved := len(q.unsent)
+	frames := len(q.unsent)
 	switch {
-	case moved == 0:
+	case frames == 0:
 	case q.enabled:
-		n := q.dev.Send(q.unsent)
-		q.unsent, moved = q.unsent[n:], n
+		frames = q.dev.Send(q.unsent)
+		q.unsent = q.unsent[frames:]
 	default: // a ring that is started and disabled is emptied (vhost-user: "Ring states")
 		zerocopy.ReleaseAll(q.unsent, zerocopy.Dropped)
 		q.unsent = nil
 	}
 	q.dev.Reap()
-	moved += w.Reap()
+	moved := frames + w.Reap()
 	q.publish()
 	switch {
 	case status == vring.Broken:
@@ -171,6 +175,9 @@ func (q *queue) transmit(arm bool) step {
 		return again
 	case moved > 0:
 		q.ring.DisableKick()
+		if q.wasted(frames) {
+			return vain
+		}
 		return again
 	case !arm:
 		return idle
