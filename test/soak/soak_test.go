@@ -6,9 +6,8 @@
 //
 // # What is checked
 //
-// Every byte of every frame (stream_test.go), that none comes twice or out of order, and that none is lost while nobody reconnects (of those that the host's
-// kernel carries, hardly any). Between two
-// rounds no guest is there: then a daemon holds the descriptors, goroutines and mappings that it held after its first round, and no more. What may
+// Every byte of every frame (stream_test.go), that none comes twice or out of order, and that none is lost while nobody reconnects; of those that the host's
+// kernel carries hardly any, and each is in a counter of vhostd's or the kernel's. Between two rounds no guest is there: then a daemon holds the descriptors, goroutines and mappings that it held after its first round, and no more. What may
 // fluctuate, memory and threads, is compared by windows: the last third of the time against the second (watch_test.go says with what tolerance). At the
 // end a daemon leaves with exit code 0 within its deadline, and its log tells of nothing unexpected.
 //

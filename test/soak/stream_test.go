@@ -35,17 +35,21 @@ type stream struct {
 	expected atomic.Uint64
 	frames   uint64
 	lost     uint64
+	missing  uint64   // frames at least that these bytes were
 	gaps     []string // the first of them
 	begin    time.Time
 	buf      []byte
 	want     []byte
 }
 
-// The frames under way are bounded, so that no queue of the host runs over, be they cut or not; and given up for lost is what has not come for patience.
+// The frames under way are bounded, so that no queue of the host runs over, be they cut or not; and given up for lost is what has not come for patience, in
+// which this process has looked for it many times: where somebody else has the processors for seconds, daemons have done nothing meanwhile either.
 const (
 	window      = 100
 	windowBytes = 256 << 10
 	patience    = 3 * time.Second
+	looks       = 250
+	look        = 10 * time.Millisecond
 )
 
 // fill writes the payload at a place of the stream.
@@ -163,6 +167,7 @@ func (s *stream) gap(from, to uint64) {
 	if from == to {
 		return
 	}
+	s.missing += (to - from + maxPayload - 1) / maxPayload
 	if s.lost += to - from; len(s.gaps) < 5 {
 		s.gaps = append(s.gaps, fmt.Sprintf("%d bytes from %d on, noticed after %v", to-from, from, time.Since(s.begin).Round(time.Millisecond)))
 	}
@@ -193,7 +198,7 @@ func (s *stream) send(e *vhosttest.Guest, gate *gate, l vhosttest.Layout, r *ran
 // await waits until the stream has arrived up to a byte, or has not moved for so long that it will not. It reports false when stop is closed.
 func (s *stream) await(end uint64, stop chan struct{}) bool {
 	last, since := s.expected.Load(), time.Now()
-	for {
+	for looked := 0; ; looked++ {
 		select {
 		case <-stop:
 			return false
@@ -204,8 +209,8 @@ func (s *stream) await(end uint64, stop chan struct{}) bool {
 			return true
 		}
 		if now != last {
-			last, since = now, time.Now()
-		} else if time.Since(since) > patience {
+			last, since, looked = now, time.Now(), 0
+		} else if time.Since(since) > patience && looked > looks {
 			return true
 		}
 		time.Sleep(100 * time.Microsecond)
@@ -215,9 +220,9 @@ func (s *stream) await(end uint64, stop chan struct{}) bool {
 // receive takes frames until all that was sent has come, or nothing has come for patience. sent is closed when the sender has ended.
 func (s *stream) receive(e *vhosttest.Guest, gate *gate, sent chan struct{}) error {
 	last := time.Now()
-	for {
+	for looked := 0; ; looked++ {
 		err := gate.through(func() error {
-			h, f, err := e.Recv(0, 10*time.Millisecond)
+			h, f, err := e.Recv(0, look)
 			if err != nil {
 				return err
 			}
@@ -225,18 +230,18 @@ func (s *stream) receive(e *vhosttest.Guest, gate *gate, sent chan struct{}) err
 		})
 		switch {
 		case err == nil:
-			last = time.Now()
+			last, looked = time.Now(), 0
 		case !errors.Is(err, errForeign) && !errors.Is(err, vhosttest.ErrTimeout):
 			return fmt.Errorf("after %d bytes: %w", s.expected.Load(), err)
 		}
 		select {
 		case <-sent:
-			if missing := s.sent - s.expected.Load(); missing == 0 || time.Since(last) > patience {
+			if missing := s.sent - s.expected.Load(); missing == 0 || time.Since(last) > patience && looked > looks {
 				s.gap(s.expected.Load(), s.sent)
 				return nil
 			}
 		default:
-			last = time.Now()
+			last, looked = time.Now(), 0
 		}
 	}
 }

@@ -47,11 +47,11 @@ type watch struct {
 	samples [][]sample // by daemon
 }
 
-// looks is how many samples there are at most.
-const looks = 300
+// maxSamples is how many samples there are at most.
+const maxSamples = 300
 
 func newWatch(l *link, end time.Time) *watch {
-	w := &watch{l: l, every: time.Until(end) / looks, floor: memoryFloor, samples: make([][]sample, len(l.daemons))}
+	w := &watch{l: l, every: time.Until(end) / maxSamples, floor: memoryFloor, samples: make([][]sample, len(l.daemons))}
 	if time.Until(end) < short {
 		w.floor = memoryFloorShort
 	}
@@ -150,7 +150,7 @@ func (w *watch) judge(t *testing.T) {
 		}{
 			"KiB resident":     {func(r daemon.Resources) int { return r.RSSKiB }, func(n int) int { return int(float64(n)*memorySlack) + w.floor }},
 			"threads":          {func(r daemon.Resources) int { return r.Threads }, func(int) int { return threadsSlack }},
-			"goroutines":       {func(r daemon.Resources) int { return r.Goroutines }, func(n int) int { return n / 10 }},
+			"goroutines":       {func(r daemon.Resources) int { return r.Goroutines }, func(n int) int { return n/10 + goroutinesSlack }},
 			"file descriptors": {daemon.Resources.Total, func(n int) int { return n / 10 }},
 		} {
 			before, after := median(s[third:2*third], f.of), median(s[2*third:], f.of)
