@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Thread is what the kernel has counted of one thread.
@@ -14,6 +16,17 @@ type Thread struct {
 	Ran    time.Duration // on a processor
 	Waited time.Duration // for a processor, although it could have run
 	CPU    int           // where it ran last
+}
+
+// Clock reads the processor time that a process has used so far, with all its threads, ended ones included. A kernel thread is a process.
+func Clock(pid int) (time.Duration, error) {
+	var ts unix.Timespec
+	// The clock's id, as the C library's clock_getcpuclockid makes it: CPUCLOCK_SCHED of a process.
+	const schedClock = 2
+	if err := unix.ClockGettime(int32(^pid<<3|schedClock), &ts); err != nil {
+		return 0, fmt.Errorf("processor clock of process %d: %w", pid, err)
+	}
+	return time.Duration(ts.Nano()), nil
 }
 
 // Threads are those of a process, by thread id. Threads that end meanwhile are left out; a process that is gone, or whose threads this one

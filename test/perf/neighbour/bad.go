@@ -30,15 +30,18 @@ var kinds = map[string]func(g *vhosttest.Guest){
 	"refused":   refused,
 }
 
-func kindNames() []string { return slices.Sorted(maps.Keys(kinds)) }
+func kindNames() []string { return append(slices.Sorted(maps.Keys(kinds)), "flood") }
+
+// busy are guests that break no rule, at full load: one with frames under way, and one that sends as fast as it can, whatever becomes of it.
+var busy = map[string]bench.Direction{good: bench.Echo, "flood": bench.GuestToHost}
 
 // misbehave is the other guest's process. It says on its standard output that it has begun, and goes on until it is killed.
 func misbehave(kind, path string) {
-	if kind == "good" {
+	if direction, ok := busy[kind]; ok {
 		begun()
 		for {
 			c := bench.DefaultConfig()
-			c.Path, c.Direction, c.Window, c.Duration, c.WarmUp = path, bench.Echo, 64, time.Hour, 0
+			c.Path, c.Direction, c.Window, c.Duration, c.WarmUp = path, direction, 64, time.Hour, 0
 			if _, err := bench.Run(context.Background(), c); err != nil {
 				log.Fatal(err)
 			}

@@ -14,18 +14,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-)
 
-// clock reads the processor time that a process has used so far, with all its threads, ended ones included. A kernel thread is a process.
-func clock(pid int) (time.Duration, error) {
-	var ts unix.Timespec
-	// The clock's id, as the C library's clock_getcpuclockid makes it: CPUCLOCK_SCHED of a process.
-	const schedClock = 2
-	if err := unix.ClockGettime(int32(^pid<<3|schedClock), &ts); err != nil {
-		return 0, fmt.Errorf("processor clock of process %d: %w", pid, err)
-	}
-	return time.Duration(ts.Nano()), nil
-}
+	"github.com/vhostd/vhostd/internal/placement"
+)
 
 // tick is the kernel's unit of /proc/stat.
 const tick = 10 * time.Millisecond
@@ -81,17 +72,17 @@ func newMeter(back, guest, cpu, guestCPU int) (*meter, error) {
 
 func (m *meter) read() (r reading, err error) {
 	r.at = time.Now()
-	if r.back, err = clock(m.back); err != nil {
+	if r.back, err = placement.Clock(m.back); err != nil {
 		return r, err
 	}
-	if r.guest, err = clock(m.guest); err != nil {
+	if r.guest, err = placement.Clock(m.guest); err != nil {
 		return r, err
 	}
-	if r.softirqd, err = clock(m.softirqd); err != nil {
+	if r.softirqd, err = placement.Clock(m.softirqd); err != nil {
 		return r, err
 	}
 	for _, pid := range m.kthreads {
-		t, _ := clock(pid) // 0 for one that has ended
+		t, _ := placement.Clock(pid) // 0 for one that has ended
 		r.kthreads = append(r.kthreads, t)
 	}
 	return r, r.readStat(m.cpu, m.guestCPU)
