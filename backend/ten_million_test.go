@@ -337,11 +337,12 @@ func (d *chaos) check(t *testing.T, st backend.QueueStats, n int) {
 	if fmt.Sprint(st.Outcomes) != fmt.Sprint(told) || st.Frames != uint64(n) || st.Malformed+st.GivenUp != 0 || st.Pending != 0 {
 		t.Errorf("%+v, the device released %v", st, told)
 	}
-	if len(told) != 5 {
-		t.Errorf("the device released %v: not all kinds were tried", told)
-	}
-	if d.most != chaosCap || d.out.Load() != 0 {
+	if d.most > chaosCap || d.out.Load() != 0 {
 		t.Errorf("the device held %d frames at most, want %d, and has %d", d.most, chaosCap, d.out.Load())
+	}
+	// In few frames, on a machine where the guest is slow, the device may never have been full.
+	if many := n >= 125_000; many && (len(told) != 5 || d.most != chaosCap) {
+		t.Errorf("the device released %v, and held %d frames at most: not all was tried", told, d.most)
 	}
 }
 
