@@ -53,6 +53,10 @@ func (e *ringEngine) send(f *flights, p *pageSends) (refused uint64) {
 				break
 			}
 			e.starts = append(e.starts, i)
+			if n > 1 { // nothing is to leave behind it before it is known whether its frames have to leave once more, as copies
+				i += n
+				break
+			}
 		}
 		// The ring's own failure (memory) is the end of the frames that it did not take: they were not sent.
 		if lost, err := e.ring.Submit(); err != nil {
