@@ -28,6 +28,7 @@ type faulty struct {
 	mu       sync.Mutex
 	send     func(bufs []*zerocopy.Buffer) int // nil: all are copied
 	recv     func(p *zerocopy.Posted, max int) (n int, idle bool, err error)
+	reap     func()
 	offloads error // what SetOffloads answers
 	pairs    error // what SetPairs answers
 	held     []*zerocopy.Buffer
@@ -53,7 +54,6 @@ func (f *faulty) SetOffloads(offload.Set) error { return now(f, &f.offloads) }
 func (f *faulty) SetPairs(int) error            { return now(f, &f.pairs) }
 func (f *faulty) Queue(int) netdev.Queue        { return f }
 func (f *faulty) Close() error                  { return nil }
-func (f *faulty) Reap()                         {}
 func (f *faulty) SendFD() int                   { return f.room.FD() }
 func (f *faulty) RecvFD() int                   { return f.in.FD() }
 func (f *faulty) Counters() netdev.Counters     { return netdev.Counters{} }
@@ -87,6 +87,12 @@ func (f *faulty) Recv(p *zerocopy.Posted, max int) (int, bool, error) {
 	return 0, true, nil
 }
 
+func (f *faulty) Reap() {
+	if reap := now(f, &f.reap); reap != nil {
+		reap()
+	}
+}
+
 // hold keeps buffers.
 func (f *faulty) hold(bufs []*zerocopy.Buffer) {
 	f.mu.Lock()
@@ -114,7 +120,7 @@ type sick struct {
 	n   *neighbour
 }
 
-func startSick(t *testing.T, f *faulty) *sick {
+func startSick(t *testing.T, f netdev.Device) *sick {
 	t.Helper()
 	s := &sick{n: newNeighbour(t), log: &lockedBuffer{}}
 	be, err := backend.New(backend.Options{Device: f, DrainTimeout: patient, Log: textLog(s.log)})
@@ -331,7 +337,8 @@ func TestFaultyNever(t *testing.T) {
 	}
 }
 
-// TestFaultyRecv: a device that cannot receive any more says so once; the guest goes on sending.
+// TestFaultyRecv: a device that cannot receive any more says so once; the guest goes on sending. When it can again, it is heard of as soon as the ring starts
+// again.
 func TestFaultyRecv(t *testing.T) {
 	vhosttest.NoLeaks(t)
 	f := newFaulty(t)
@@ -354,6 +361,25 @@ func TestFaultyRecv(t *testing.T) {
 	if n := strings.Count(s.log.String(), "the cable is cut"); n != 1 {
 		t.Errorf("the error is logged %d times:\n%s", n, s.log.String())
 	}
+	s.stops(t, 0)
+	frame := vhosttest.Frame(0, 100)
+	change(f, &f.recv, func(p *zerocopy.Posted, _ int) (int, bool, error) {
+		switch {
+		case frame == nil:
+			return 0, false, errors.New("the cable is cut")
+		case p.Write(virtio.NetHdr{}, [][]byte{frame}) == zerocopy.NoRoom:
+			return 0, false, nil
+		}
+		frame = nil
+		return 1, false, nil
+	})
+	s.Queues[0].Start()
+	if _, got, err := s.Recv(0, vhosttest.Patience); err != nil {
+		t.Errorf("after the device's recovery: %v", err)
+	} else if _, err := vhosttest.CheckFrame(got); err != nil {
+		t.Error(err)
+	}
+	vhosttest.Eventually(t, "a line about the second failure", func() bool { return strings.Count(s.log.String(), "the cable is cut") == 2 })
 	s.stops(t, 0)
 	s.stops(t, 1)
 }

@@ -65,23 +65,24 @@ func (q *queue) try(f func()) {
 	}
 }
 
-// await reaps halted queues until nothing is out or the timeout comes; halfway, the devices let go of the pages that they can copy.
+// await reaps halted queues until nothing is out or the timeout comes; halfway, or later where this thread does not run in between, but before it gives
+// up, the devices let go of the pages that they can copy.
 func await(queues []*queue, timeout time.Duration) {
 	deadline := time.Now().Add(timeout)
 	pause := 20 * time.Microsecond
 	for {
-		out := 0
-		for _, q := range queues {
-			out += q.collect()
-		}
 		left := time.Until(deadline)
-		if out == 0 || left <= 0 {
-			return
-		}
 		if left < timeout/2 {
 			for _, q := range queues {
 				q.orphan()
 			}
+		}
+		out := 0
+		for _, q := range queues {
+			out += q.collect()
+		}
+		if out == 0 || left <= 0 {
+			return
 		}
 		time.Sleep(pause)
 		pause = min(2*pause, time.Millisecond)
