@@ -58,6 +58,7 @@ type Options struct {
 	DrainTimeout time.Duration
 	MaxPairs     int             // 0: as many as the device has
 	Disable      virtio.Features // bits not to offer
+	MessageRate  float64         // as in vhostuser.Options
 }
 
 // Backend serves one VM's network device, to one front-end after the other.
@@ -146,7 +147,9 @@ func (b *Backend) serve(ctx context.Context, conn *vhostuser.Conn) {
 	b.sessions++
 	b.mu.Unlock()
 	b.log.Info("front-end connected")
-	err = vhostuser.Serve(ctx, conn, s, vhostuser.Options{MaxVrings: len(s.queues), Pause: s.pause, Refused: s.refused})
+	err = vhostuser.Serve(ctx, conn, s, vhostuser.Options{
+		MaxVrings: len(s.queues), Pause: s.pause, Refused: s.refused, MessageRate: b.opts.MessageRate,
+	})
 	if fault := s.fault.Load(); fault != nil {
 		err = *fault
 	}

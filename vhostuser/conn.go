@@ -203,6 +203,11 @@ func (r *reader) full(b []byte) error {
 func (r *reader) some(b []byte) (int, error) {
 	oob := make([]byte, unix.CmsgSpace(MaxFDs*4))
 	n, oobn, flags, _, err := r.conn.sock.ReadMsgUnix(b, oob) // descriptors arrive close-on-exec
+	if r.got > 0 && errors.Is(err, os.ErrDeadlineExceeded) {
+		if n, oobn, flags = r.arrived(b, oob); n > 0 {
+			err = nil
+		}
+	}
 	n, oobn = max(n, 0), max(oobn, 0)                         // -1 with some errors
 	fds, perr := parseFDs(oob[:oobn])
 	late := r.got > 0 && len(fds) > 0
@@ -218,6 +223,19 @@ func (r *reader) some(b []byte) (int, error) {
 		return n, fmt.Errorf("%w: file descriptors in the middle of a message", ErrProtocol)
 	}
 	return n, nil
+}
+
+// arrived reads what has arrived by now. On a host that is busy the time for a message can be over before this process has come to read the rest of it, which
+// is no fault of the peer's. What has not arrived then is late.
+func (r *reader) arrived(b, oob []byte) (n, oobn, flags int) {
+	raw, err := r.conn.sock.SyscallConn()
+	if err != nil {
+		return 0, 0, 0
+	}
+	_ = raw.Control(func(fd uintptr) {
+		n, oobn, flags, _, _ = unix.Recvmsg(int(fd), b, oob, unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+	})
+	return n, oobn, flags
 }
 
 // explain tells the end of the stream between two messages from one within a message, and names what was missing.

@@ -5,28 +5,32 @@ import "time"
 // How many messages a session may send: a front-end that starts, migrates or plugs memory sends some hundreds and rests. One that never rests would keep a
 // processor busy that other sessions' workers want, and the process's memory map locked that they fault on.
 const (
-	paceBurst = 4096 // messages at once
-	paceRate  = 2000 // messages a second in the long run
-	paceHeavy = 8    // that a message counts for which all queues stand still
+	DefaultMessageRate = 2000 // messages a second in the long run
+	paceBurst          = 4096 // messages at once
+	paceHeavy          = 8    // that a message counts for which all queues stand still
 )
 
 // pace is a session's budget of messages.
 type pace struct {
+	rate float64 // messages a second; less than 0: as many as come
 	left float64
 	at   time.Time // when left was right; zero: never yet
 }
 
 // spend takes a message from the budget, and tells how long to wait before the next one is served.
 func (p *pace) spend(cost float64, now time.Time) time.Duration {
+	if p.rate < 0 {
+		return 0
+	}
 	if p.at.IsZero() {
 		p.left, p.at = paceBurst, now
 	}
-	p.left = min(p.left+paceRate*now.Sub(p.at).Seconds(), paceBurst) - cost
+	p.left = min(p.left+p.rate*now.Sub(p.at).Seconds(), paceBurst) - cost
 	p.at = now
 	if p.left >= 0 {
 		return 0
 	}
-	return time.Duration(-p.left / paceRate * float64(time.Second))
+	return time.Duration(-p.left / p.rate * float64(time.Second))
 }
 
 // cost is what a request takes from the budget.

@@ -21,6 +21,10 @@ type Options struct {
 
 	// Refused, if not nil, is told each request that was refused while the session went on.
 	Refused func(err error)
+
+	// MessageRate is how many messages a second the session may send in the long run, see pace. 0 is DefaultMessageRate, less than 0 is no bound, for a
+	// front-end that is trusted.
+	MessageRate float64
 }
 
 // Serve is the back-end role: it reads requests from the connection and has the Handler serve them, until the
@@ -34,7 +38,10 @@ func Serve(ctx context.Context, c *Conn, h Handler, opts Options) error {
 	}
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.Close() })()
-	s := &session{conn: c, handler: h, opts: opts}
+	if opts.MessageRate == 0 {
+		opts.MessageRate = DefaultMessageRate
+	}
+	s := &session{conn: c, handler: h, opts: opts, pace: pace{rate: opts.MessageRate}}
 	err := s.run()
 	if ctx.Err() != nil {
 		return ctx.Err()
