@@ -48,6 +48,7 @@ func NewArena(private int, regions ...[]byte) (*Arena, error) {
 	if err := a.fill(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
+	a.keep()
 	return a, nil
 }
 
@@ -153,6 +154,7 @@ func (a *Arena) Offset(b []byte) (off uint64, ok bool) {
 
 // Close unmaps the arena; every slice of Bytes is invalid from then on. A second call does nothing.
 func (a *Arena) Close() error {
+	a.forget()
 	whole := a.whole
 	a.whole, a.bytes, a.parts, a.private = nil, nil, nil, 0
 	switch {

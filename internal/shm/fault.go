@@ -22,10 +22,41 @@ func (f *Fault) Error() string {
 // Owner is whose fault a Fault in a Mapping is. Faulted may be called on any goroutine, more than once.
 type Owner interface{ Faulted(f *Fault) }
 
-// owned are the mappings that have an owner. It is looked at when something faults, and so never on the way of a frame.
-var owned struct {
+// shared is all memory that is another process's too: where an access may fault by no fault of ours. It is looked at when something faults, and so never on the
+// way of a frame.
+var shared struct {
 	sync.Mutex
 	mappings []*Mapping
+	arenas   []*Arena
+}
+
+// keep notes a mapping that may fault.
+func (m *Mapping) keep() {
+	shared.Lock()
+	defer shared.Unlock()
+	shared.mappings = append(shared.mappings, m)
+}
+
+// forget comes before the address range can be somebody else's.
+func (m *Mapping) forget() {
+	shared.Lock()
+	defer shared.Unlock()
+	m.owner = nil
+	shared.mappings = slices.DeleteFunc(shared.mappings, func(o *Mapping) bool { return o == m })
+}
+
+// keep notes an arena, whose regions may fault.
+func (a *Arena) keep() {
+	shared.Lock()
+	defer shared.Unlock()
+	shared.arenas = append(shared.arenas, a)
+}
+
+// forget comes before the address range can be somebody else's.
+func (a *Arena) forget() {
+	shared.Lock()
+	defer shared.Unlock()
+	shared.arenas = slices.DeleteFunc(shared.arenas, func(o *Arena) bool { return o == a })
 }
 
 // Own says who is to blame when m faults, until it is unmapped. It is called once at most.
@@ -33,47 +64,46 @@ func (m *Mapping) Own(o Owner) {
 	if m.whole == nil {
 		return // heap does not fault
 	}
-	owned.Lock()
-	defer owned.Unlock()
+	shared.Lock()
+	defer shared.Unlock()
 	m.owner = o
-	owned.mappings = append(owned.mappings, m)
 }
 
-// disown comes before the address range can be somebody else's.
-func (m *Mapping) disown() {
-	if m.owner == nil {
-		return
-	}
-	owned.Lock()
-	defer owned.Unlock()
-	m.owner = nil
-	owned.mappings = slices.DeleteFunc(owned.mappings, func(o *Mapping) bool { return o == m })
-}
-
-// ownerAt is the owner of the mapping that address p lies in, or nil.
-func ownerAt(p uintptr) Owner {
-	owned.Lock()
-	defer owned.Unlock()
-	for _, m := range owned.mappings {
+// sharedAt reports whether address p lies in shared memory, and whose that is, if anybody's.
+func sharedAt(p uintptr) (o Owner, ok bool) {
+	shared.Lock()
+	defer shared.Unlock()
+	for _, m := range shared.mappings {
 		if p-Addr(m.whole) < uintptr(len(m.whole)) {
-			return m.owner
+			return m.owner, true
 		}
 	}
-	return nil
+	for _, a := range shared.arenas {
+		if p-Addr(a.bytes) < uintptr(len(a.bytes)) {
+			return nil, true
+		}
+	}
+	return nil, false
 }
 
-// Caught tells what recover returned: a Fault, or nil for nil. Any other panic goes on. The goroutine must have called debug.SetPanicOnFault.
+// Caught tells what recover returned: a Fault, or nil for nil. Any other panic goes on, and an access to an address that is no shared memory's becomes one
+// that says so: to go on behind it would be to go on with memory that nobody knows the state of. The goroutine must have called debug.SetPanicOnFault.
 func Caught(r any) *Fault {
 	if r == nil {
 		return nil
 	}
-	if e, ok := r.(interface {
+	e, ok := r.(interface {
 		runtime.Error
 		Addr() uintptr
-	}); ok {
-		return &Fault{Addr: e.Addr(), Owner: ownerAt(e.Addr())}
+	})
+	if !ok {
+		panic(r)
 	}
-	panic(r)
+	o, ok := sharedAt(e.Addr())
+	if !ok {
+		panic(fmt.Sprintf("bug: access to address %#x, which is not in guest memory: %v", e.Addr(), e))
+	}
+	return &Fault{Addr: e.Addr(), Owner: o}
 }
 
 // Guard runs f, which touches shared memory, and returns the Fault that ended it, or nil. Other panics pass. Whoever calls it tells the Owner.

@@ -14,7 +14,7 @@ type Mapping struct {
 	whole  []byte // from the page before it; nil when backed by the heap
 	source source
 	huge   *hugeFile // nil for pages of the usual size
-	owner  Owner     // nil: nobody; guarded by owned
+	owner  Owner     // nil: nobody; guarded by shared
 }
 
 // source is the place in a file that a Mapping shows.
@@ -73,7 +73,9 @@ func Map(fd int, off, size uint64) (*Mapping, error) {
 		return nil, errors.Join(err, unix.Munmap(whole))
 	}
 	b := whole[off-start:]
-	return &Mapping{Bytes: b[:size:size], whole: whole, source: source{st.Dev, st.Ino, off}, huge: huge}, nil
+	m := &Mapping{Bytes: b[:size:size], whole: whole, source: source{st.Dev, st.Ino, off}, huge: huge}
+	m.keep()
+	return m, nil
 }
 
 // Heap returns a Mapping backed by Go's heap, which the race detector can watch.
@@ -84,7 +86,7 @@ func Heap(size int) *Mapping {
 
 // Unmap gives the memory back; every slice of it is invalid from then on. A second call does nothing.
 func (m *Mapping) Unmap() error {
-	m.disown()
+	m.forget()
 	whole, huge := m.whole, m.huge
 	m.Bytes, m.whole, m.huge = nil, nil, nil
 	if whole == nil {

@@ -3,6 +3,7 @@ package vhosttest
 import (
 	"fmt"
 	"os"
+	"runtime/debug"
 	"sync/atomic"
 	"testing"
 
@@ -85,6 +86,15 @@ func (r *Region) Close() {
 // Truncate cuts the region's memory file down to n bytes of the region. Pages behind that fault, for the guest as well.
 func (r *Region) Truncate(n uint64) error {
 	return unix.Ftruncate(r.FD, int64(r.MmapOffset+n))
+}
+
+// Gone reports whether who touches the first byte of the region gets SIGBUS.
+func (r *Region) Gone() (gone bool) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() { gone = recover() != nil }()
+	var b [1]byte
+	copy(b[:], r.Mem)
+	return false
 }
 
 func (m *Memory) close() {
