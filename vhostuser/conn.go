@@ -208,7 +208,7 @@ func (r *reader) some(b []byte) (int, error) {
 			err = nil
 		}
 	}
-	n, oobn = max(n, 0), max(oobn, 0)                         // -1 with some errors
+	n, oobn = max(n, 0), max(oobn, 0) // -1 with some errors
 	fds, perr := parseFDs(oob[:oobn])
 	late := r.got > 0 && len(fds) > 0
 	r.fds = append(r.fds, fds...)
