@@ -58,7 +58,7 @@ type Options struct {
 	DrainTimeout time.Duration
 	MaxPairs     int             // 0: as many as the device has
 	Disable      virtio.Features // bits not to offer
-	MessageRate  float64         // as in vhostuser.Options
+	MessageRate  float64         // as in vhostuser.NewPace; with none, sessions are not bounded either
 }
 
 // Backend serves one VM's network device, to one front-end after the other.
@@ -69,6 +69,7 @@ type Backend struct {
 	features virtio.Features
 	protocol vhostuser.ProtocolFeatures
 	totals   []total
+	pace     *vhostuser.Pace
 
 	frontEndErrors atomic.Uint64 // requests refused and sessions ended for a fault of the front-end
 	guestErrors    atomic.Uint64 // rings stopped for a fault of the guest
@@ -107,7 +108,7 @@ func New(o Options) (*Backend, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	b := &Backend{opts: o, dev: dev, log: o.Log, totals: make([]total, 2*o.MaxPairs)}
+	b := &Backend{opts: o, dev: dev, log: o.Log, totals: make([]total, 2*o.MaxPairs), pace: vhostuser.NewPace(o.MessageRate)}
 	b.features, b.protocol = offered(o)
 	b.openDoors(nil)
 	return b, nil
@@ -130,7 +131,9 @@ func (b *Backend) Serve(ctx context.Context, src vhostuser.Acceptor) error {
 		case err != nil:
 			return fmt.Errorf("waiting for a front-end: %w", err)
 		}
-		pause(ctx, storm.spend(sessionBurst, sessionRate, time.Now()))
+		if b.opts.MessageRate >= 0 {
+			pause(ctx, storm.spend(sessionBurst, sessionRate, time.Now()))
+		}
 		b.serve(ctx, conn)
 	}
 }
@@ -148,7 +151,7 @@ func (b *Backend) serve(ctx context.Context, conn *vhostuser.Conn) {
 	b.mu.Unlock()
 	b.log.Info("front-end connected")
 	err = vhostuser.Serve(ctx, conn, s, vhostuser.Options{
-		MaxVrings: len(s.queues), Pause: s.pause, Refused: s.refused, MessageRate: b.opts.MessageRate,
+		MaxVrings: len(s.queues), Pause: s.pause, Refused: s.refused, Pace: b.pace,
 	})
 	if fault := s.fault.Load(); fault != nil {
 		err = *fault

@@ -129,7 +129,7 @@ func startVictim(f *testing.F) *victim {
 	if err != nil {
 		f.Fatal(err)
 	}
-	b, err := backend.New(backend.Options{Device: lowering{dev}, DrainTimeout: 100 * time.Millisecond, MAC: [6]byte{2, 0, 0, 0, 0, 1}})
+	b, err := backend.New(backend.Options{Device: lowering{dev}, DrainTimeout: 100 * time.Millisecond, MAC: [6]byte{2, 0, 0, 0, 0, 1}, MessageRate: -1})
 	if err != nil {
 		f.Fatal(err)
 	}

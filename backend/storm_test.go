@@ -89,3 +89,23 @@ func TestReconnectStorm(t *testing.T) {
 	}
 	n.goesOn(t)
 }
+
+// TestMessageBudgetOutlivesSession: a front-end that comes back has no more messages than one that stays.
+func TestMessageBudgetOutlivesSession(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	n := newNeighbour(t)
+	e := start(t, newDevice(t, 1), vhosttest.Options{})
+	const sessions, tables, heavy, burst, rate = 3, 250, 8, 4096, 2000 // the latter of package vhostuser
+	begin := time.Now()
+	for range sessions {
+		for range tables {
+			e.ShareMemory()
+		}
+		e.Reconnect()
+	}
+	e.Barrier()
+	if took, least := time.Since(begin), (sessions*tables*heavy-burst)*time.Second/rate; took < least*9/10 {
+		t.Errorf("%d memory tables of %d sessions took %v, want %v at least", sessions*tables, sessions, took, least)
+	}
+	n.goesOn(t)
+}

@@ -8,7 +8,7 @@ import (
 // TestPace: a burst passes at once, what follows at the rate, messages that stop all queues count for several, and a rest makes up for it.
 func TestPace(t *testing.T) {
 	now := time.Unix(1000, 0)
-	p := pace{rate: DefaultMessageRate}
+	p := NewPace(0)
 	for i := range paceBurst {
 		if d := p.spend(1, now); d != 0 {
 			t.Fatalf("message %d of the burst waits for %v", i, d)
@@ -30,7 +30,7 @@ func TestPace(t *testing.T) {
 			t.Fatalf("after an hour, message %d waits for %v", i, d)
 		}
 	}
-	free := pace{rate: -1}
+	free := NewPace(-1)
 	for i := range 10 * paceBurst {
 		if d := free.spend(paceHeavy, now); d != 0 {
 			t.Fatalf("message %d waits for %v, and there is no bound", i, d)
@@ -40,7 +40,7 @@ func TestPace(t *testing.T) {
 
 // TestFloodIsPaced: a front-end that floods is served at the rate, and its connection can be closed at once.
 func TestFloodIsPaced(t *testing.T) {
-	s := &session{conn: &Conn{closed: make(chan struct{})}, pace: pace{rate: DefaultMessageRate}}
+	s := &session{conn: &Conn{closed: make(chan struct{})}, opts: Options{Pace: NewPace(0)}}
 	const more = 200
 	before := time.Now()
 	for range paceBurst + more {
@@ -50,7 +50,7 @@ func TestFloodIsPaced(t *testing.T) {
 	if took, least := time.Since(before), more*time.Second/DefaultMessageRate; took < least*9/10 {
 		t.Errorf("%d messages beyond the burst took %v, want %v at least", more, took, least)
 	}
-	s.pace.left = -3600 * DefaultMessageRate // an hour's worth
+	s.opts.Pace.left = -3600 * DefaultMessageRate // an hour's worth
 	close(s.conn.closed)
 	s.rest(ReqGetFeatures) // returns
 }

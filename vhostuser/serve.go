@@ -19,12 +19,11 @@ type Options struct {
 	// PauseAll.
 	Pause func(scope Pause, index int) (resume func())
 
+	// Pace is the budget of messages; nil is one of the default rate for this session alone.
+	Pace *Pace
+
 	// Refused, if not nil, is told each request that was refused while the session went on.
 	Refused func(err error)
-
-	// MessageRate is how many messages a second the session may send in the long run, see pace. 0 is DefaultMessageRate, less than 0 is no bound, for a
-	// front-end that is trusted.
-	MessageRate float64
 }
 
 // Serve is the back-end role: it reads requests from the connection and has the Handler serve them, until the
@@ -38,10 +37,10 @@ func Serve(ctx context.Context, c *Conn, h Handler, opts Options) error {
 	}
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.Close() })()
-	if opts.MessageRate == 0 {
-		opts.MessageRate = DefaultMessageRate
+	if opts.Pace == nil {
+		opts.Pace = NewPace(0)
 	}
-	s := &session{conn: c, handler: h, opts: opts, pace: pace{rate: opts.MessageRate}}
+	s := &session{conn: c, handler: h, opts: opts}
 	err := s.run()
 	if ctx.Err() != nil {
 		return ctx.Err()
@@ -59,7 +58,6 @@ type session struct {
 	opts     Options
 	owned    bool             // SET_OWNER was seen
 	protocol ProtocolFeatures // acked
-	pace     pace
 }
 
 func (s *session) run() error {
