@@ -27,6 +27,7 @@ import (
 	"flag"
 	"fmt"
 	"log"
+	"math"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -145,7 +146,10 @@ func (t *table) print(kinds []string) error {
 		ratio := quantile(r.ratios, 0.5)
 		fmt.Printf("| %s | %.2f | %.2f | %.2f to %.2f | %.2f | %.2f | %d |\n", kind, quantile(r.rates, 0.5)/1e6, ratio, quantile(r.ratios, 0.25), quantile(r.ratios, 0.75),
 			quantile(r.daemon, 0.5), quantile(r.other, 0.5), r.lost)
-		if ratio < 1-worst {
+		switch noise := math.Abs(ratio - 1); {
+		case kind == good && noise > 0.1:
+			errs = append(errs, fmt.Errorf("good ones differ by %.0f %%: this is no result", 100*noise))
+		case kind != good && ratio < 1-worst:
 			errs = append(errs, fmt.Errorf("%s costs a neighbour more than %.0f %% of its throughput", kind, 100*worst))
 		}
 		if r.lost > 0 {
