@@ -203,7 +203,7 @@ func (r *reader) full(b []byte) error {
 func (r *reader) some(b []byte) (int, error) {
 	oob := make([]byte, unix.CmsgSpace(MaxFDs*4))
 	n, oobn, flags, _, err := r.conn.sock.ReadMsgUnix(b, oob) // descriptors arrive close-on-exec
-	if r.got > 0 && errors.Is(err, os.ErrDeadlineExceeded) {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
 		if n, oobn, flags = r.arrived(b, oob); n > 0 {
 			err = nil
 		}
@@ -236,6 +236,18 @@ func (r *reader) arrived(b, oob []byte) (n, oobn, flags int) {
 		n, oobn, flags, _, _ = unix.Recvmsg(int(fd), b, oob, unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
 	})
 	return n, oobn, flags
+}
+
+// room sends what there is room for by now, and returns how many bytes that is: to writing what arrived is to reading.
+func (c *Conn) room(b, oob []byte) (n int) {
+	raw, err := c.sock.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	_ = raw.Control(func(fd uintptr) {
+		n, _ = unix.SendmsgN(int(fd), b, oob, nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+	})
+	return max(n, 0)
 }
 
 // explain tells the end of the stream between two messages from one within a message, and names what was missing.
@@ -292,12 +304,16 @@ func (c *Conn) writeAll(b []byte, fds []int) error {
 	if len(fds) > 0 {
 		oob = unix.UnixRights(fds...)
 	}
-	n, _, err := c.sock.WriteMsgUnix(b, oob, nil)
-	if err == nil && n < len(b) {
-		_, err = c.sock.Write(b[n:])
+	for len(b) > 0 {
+		n, _, err := c.sock.WriteMsgUnix(b, oob, nil)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			if n = c.room(b, oob); n == 0 {
+				return fmt.Errorf("peer does not read: %d bytes not sent within %v: %w", len(b), c.write, err)
+			}
+		} else if err != nil {
+			return err
+		}
+		b, oob = b[n:], nil
 	}
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return fmt.Errorf("peer does not read: %d bytes not sent within %v: %w", len(b), c.write, err)
-	}
-	return err
+	return nil
 }

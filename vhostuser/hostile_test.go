@@ -47,10 +47,11 @@ func TestF01UnfinishedMessage(t *testing.T) {
 	}
 }
 
-// The time for a message is over before the rest of it is read, but it is there: this process had no processor, and the front-end is not to blame.
+// The time for a message is over before the rest of it is read, but it is there, and the time for a reply before there was a try to send it: this process had
+// no processor, and the front-end is not to blame.
 func TestF01LateReader(t *testing.T) {
 	checkFDs(t)
-	p := startServe(t, newRecorder(), serveOptions{conn: ConnOptions{PartialTimeout: time.Nanosecond}})
+	p := startServe(t, newRecorder(), serveOptions{conn: ConnOptions{PartialTimeout: time.Nanosecond, WriteTimeout: time.Nanosecond}})
 	for range 10 {
 		m := Message{Request: ReqSetVringKick, Flags: FlagVersion | FlagNeedReply, Payload: encodeU64(1)}
 		p.send(m.Encode(), someFDs(t, 1)...)
