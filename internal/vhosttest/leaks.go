@@ -32,7 +32,7 @@ func NoLeaks(t testing.TB) {
 		}
 		var left []string
 		var maps int
-		for deadline := time.Now().Add(5 * time.Second); ; {
+		for deadline := time.Now().Add(Patience); ; {
 			left, maps = newFDs(before, fds(t)), countMappings(t, 0)
 			if len(left) == 0 && maps == 0 || time.Now().After(deadline) {
 				break

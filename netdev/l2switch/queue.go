@@ -124,8 +124,9 @@ func (q *queue) Orphan() {
 	}
 }
 
-// SendUnwound implements netdev.Unwinder: a batch starts anew, and what was put into a lane is in it whole or not at all.
-func (q *queue) SendUnwound() {}
+// SendUnwound implements netdev.Unwinder: a batch starts anew, and what was put into a lane is in it whole or not at all. Nothing of the last one is kept:
+// a guest's memory that has faulted stays mapped for as long as anybody knows one of its frames (zerocopy.Window.Abandon), and no frame may come here again for years.
+func (q *queue) SendUnwound() { q.work = nil }
 
 // RecvUnwound implements netdev.Unwinder.
 func (q *queue) RecvUnwound() {

@@ -164,12 +164,17 @@ func TestTruncatedSender(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
+			mapped := vhosttest.Mappings(t)
 			// Rings are in the same memory: a's own worker may be the first to find out.
 			c.then(t, b, third)
 			vhosttest.Eventually(t, "a's session has ended", func() bool {
 				b.recvAll(t)
 				a.Transmitq(0).Kick.Signal()
 				return !port(t, s, "a").Connected
+			})
+			vhosttest.Eventually(t, "a's memory is unmapped although its port stays", func() bool {
+				runtime.GC()
+				return vhosttest.Mappings(t) < mapped
 			})
 			b.recvAll(t)
 			third.send(t, frame(mac(2), mac(3), 4711, 60)) // the others talk on
