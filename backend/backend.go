@@ -59,6 +59,7 @@ type Options struct {
 	MaxPairs     int             // 0: as many as the device has
 	Disable      virtio.Features // bits not to offer
 	MessageRate  float64         // as in vhostuser.NewPace; with none, sessions are not bounded either
+	Left         func()          // called when a session has ended; nil: nobody cares
 }
 
 // Backend serves one VM's network device, to one front-end after the other.
@@ -160,6 +161,9 @@ func (b *Backend) serve(ctx context.Context, conn *vhostuser.Conn) {
 	b.mu.Lock()
 	b.current = nil
 	b.mu.Unlock()
+	if b.opts.Left != nil {
+		defer b.opts.Left()
+	}
 	if err != nil && ctx.Err() == nil {
 		b.frontEndErrors.Add(1)
 		b.log.Warn("session ended", "error", err)

@@ -34,6 +34,7 @@ type fleet struct {
 
 	threads   int    // that there may be
 	threadsBy string // what says so
+	tidier    tidier
 
 	mu    sync.Mutex // innermost
 	parts map[id]part

@@ -41,6 +41,7 @@ func (f *fleet) startMember(conf config.Port, s settled, log *slog.Logger) *memb
 	m := &member{conf: conf, done: make(chan struct{})}
 	var ctx context.Context
 	ctx, m.cancel = context.WithCancel(f.ctx)
+	s.left = f.tidier.left
 	p, err := openPort(s.settings, s.open, log)
 	if err == nil {
 		if err = f.room(p.pairs()); err != nil {

@@ -35,6 +35,7 @@ func openPort(s settings, open opener, log *slog.Logger) (*port, error) {
 func (p *port) serveDevice(s settings) (err error) {
 	p.be, err = backend.New(backend.Options{
 		Device: p.dev, MAC: s.mac, MTU: s.mtu, Log: p.log, Poll: s.poll, PairWorkers: s.workers == "pair", MaxPairs: s.queues, Disable: s.disable,
+		Left: s.left,
 	})
 	if err != nil {
 		return err

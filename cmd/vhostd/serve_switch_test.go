@@ -172,6 +172,65 @@ func TestReloadSwitch(t *testing.T) {
 	}
 }
 
+// TestReloadSwitchUnderTraffic: a hundred reloads that bring, change and take ports of a switch, one of them with a guest, while two guests talk whose ports stay as
+// they are. They lose no frame, and nobody else gets one, since their addresses are not forgotten.
+func TestReloadSwitchUnderTraffic(t *testing.T) {
+	const stay = "[switch.lan]\n[port.a]\n[port.b]\nguard.no-router = true\n"
+	m := startSwitch(t, stay+"[port.other]\n")
+	a, b, other := m.guest(t, "a"), m.guest(t, "b"), m.guest(t, "other")
+	send(t, b, ethernet(0xb, 0xff, 0))
+	gets(t, a, ethernet(0xb, 0xff, 0))
+	gets(t, other, ethernet(0xb, 0xff, 0))
+	stop, ended := make(chan struct{}), make(chan error)
+	var sent uint64
+	go func() { ended <- converse(a, b, stop, &sent) }()
+	for i := range 100 {
+		m.writeSwitch(t, fmt.Sprintf("%s[port.other]\nvlan.access = %d\nguard.mac = [\"52:54:00:00:01:%02x\"]\n[port.new%d]\n", stay, 1+i%3, i, i))
+		if r, got := m.reload(t); got.code != exitOK || r.Unchanged != 3 {
+			t.Fatalf("reload %d: %+v", i, got)
+		}
+	}
+	close(stop)
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range m.switchStats(t, "lan").Ports {
+		if p.Flooded > 1 || p.Name != "b" && p.Flooded > 0 || len(p.Drops) > 0 {
+			t.Errorf("%+v", p)
+		}
+	}
+	if _, f, err := other.Recv(0, 0); err == nil {
+		t.Errorf("the third guest got %x", f)
+	}
+	if st := m.stats(t); st["a"].Sessions != 1 || st["b"].Sessions != 1 || st["other"].Sessions != 1 || sent == 0 {
+		t.Errorf("%+v, %d frames", st, sent)
+	}
+	t.Logf("%d frames", sent)
+}
+
+// converse has a send numbered frames to b until stop, a few at a time, each of which has to arrive in its place.
+func converse(a, b *vhosttest.Guest, stop <-chan struct{}, sent *uint64) error {
+	for {
+		select {
+		case <-stop:
+			return nil
+		default:
+		}
+		const few = 16
+		for i := range uint64(few) {
+			if err := a.Send(0, virtio.NetHdr{}, ethernet(0xa, 0xb, *sent+i), nil); err != nil {
+				return err
+			}
+		}
+		for range few {
+			if _, f, err := b.Recv(0, patience); err != nil || string(f) != string(ethernet(0xa, 0xb, *sent)) {
+				return fmt.Errorf("frame %d came as %x: %w", *sent, f, err)
+			}
+			*sent++
+		}
+	}
+}
+
 // TestServeUplinks: two switches are joined by a cable of two uplinks; one of them goes and comes back.
 func TestServeUplinks(t *testing.T) {
 	cable := func(n int) string {

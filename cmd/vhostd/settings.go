@@ -98,6 +98,7 @@ type settings struct {
 	level    slog.Level
 	dash     string // what stands before an option's name: "--", or nothing in a configuration file
 	inherits bool   // descriptors of whoever started this process are for this guest
+	left     func() // called when a guest has left; nil: nobody cares
 }
 
 // fault is what is wrong about one option, by its name without dashes.

@@ -1,8 +1,13 @@
 package l2switch_test
 
 import (
+	"encoding/binary"
 	"fmt"
+	"runtime"
+	"slices"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/vhostd/vhostd/guestmem"
 	"github.com/vhostd/vhostd/netdev"
@@ -100,7 +105,6 @@ func (d *door) Wake() {}
 
 // cable is a guest that sends to another through a switch, all on one thread.
 type cable struct {
-	s        *l2switch.Switch
 	from, to *station
 	w        *zerocopy.Window
 	q        netdev.Queue
@@ -108,28 +112,19 @@ type cable struct {
 	batch    [64]*zerocopy.Buffer
 }
 
-func newCable(b testing.TB, size int, guard l2switch.Guard) *cable {
+// newCable makes one between two new ports of s, from station n to the next, in a VLAN of their own.
+func newCable(b testing.TB, s *l2switch.Switch, n, size int, guard l2switch.Guard) *cable {
 	b.Helper()
-	s, err := l2switch.New(l2switch.Config{})
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() { _ = s.Close() })
-	c := &cable{s: s, from: newStation(b, size+64), to: newStation(b, max(size+64, 2048)), size: size}
-	src, err := s.AddPort(l2switch.PortConfig{Name: "a", Guard: guard})
-	if err != nil {
-		b.Fatal(err)
-	}
-	dst, err := s.AddPort(l2switch.PortConfig{Name: "b"})
-	if err != nil {
-		b.Fatal(err)
-	}
+	c := &cable{from: newStation(b, size+64), to: newStation(b, max(size+64, 2048)), size: size}
+	vlan := l2switch.VLAN{Access: uint16(n)}
+	src := addPort(b, s, l2switch.PortConfig{Name: fmt.Sprint(n), Guard: guard, VLAN: vlan})
+	dst := addPort(b, s, l2switch.PortConfig{Name: fmt.Sprint(n + 1), VLAN: vlan})
 	c.q = src.Queue(0)
 	c.w = zerocopy.NewWindow(c.from.ring, benchFeatures, func() {})
 	dst.Queue(0).(netdev.Doorway).SetDoor(&door{p: zerocopy.NewPosted(c.to.ring, benchFeatures), ring: c.to.ring})
-	dst.Queue(0).Send([]*zerocopy.Buffer{zerocopy.NewBuffer(virtio.NetHdr{}, ether(everybody, mac(2), tIPv4))})
+	dst.Queue(0).Send([]*zerocopy.Buffer{zerocopy.NewBuffer(virtio.NetHdr{}, ether(everybody, mac(n+1), tIPv4))})
 	for _, buf := range c.from.bufs {
-		f := ether(mac(2), mac(1), tIPv4, ip4("192.0.2.1", "192.0.2.2", pUDP, 0, udp(1, 2)...))
+		f := ether(mac(n+1), mac(n), tIPv4, ip4("192.0.2.1", "192.0.2.2", pUDP, 0, udp(1, 2)...))
 		copy(c.from.mem[int(buf.GPA)+virtio.NetHdrSize:], f)
 	}
 	return c
@@ -161,7 +156,7 @@ func BenchmarkGuestToGuest(b *testing.B) {
 	for _, size := range []int{64, 1518, 65535} {
 		for name, g := range map[string]l2switch.Guard{"plain": {}, "guarded": {MACs: []l2switch.MAC{mac(1)}, NoDHCPServer: true}} {
 			b.Run(fmt.Sprintf("size=%d/%s", size, name), func(b *testing.B) {
-				c := newCable(b, size, g)
+				c := newCable(b, newSwitch(b, l2switch.Config{}), 1, size, g)
 				c.lap(b)
 				b.ReportAllocs()
 				b.ResetTimer()
@@ -173,10 +168,59 @@ func BenchmarkGuestToGuest(b *testing.B) {
 	}
 }
 
+// BenchmarkKnownBesideInvented is a known guest's frames beside another guest, who sends as fast as it can on a processor of its own. "slowdown" is how long they take when the
+// other has a new source address in each frame, by how long they take when it keeps to one. Both take turns, since other work on the machine comes and goes.
+//
+//	go test -run '^$' -bench KnownBesideInvented -count 10 ./netdev/l2switch
+func BenchmarkKnownBesideInvented(b *testing.B) {
+	s := newSwitch(b, l2switch.Config{})
+	known, other := newCable(b, s, 1, 64, l2switch.Guard{}), newCable(b, s, 3, 64, l2switch.Guard{})
+	var invents, ends atomic.Bool
+	done := make(chan int)
+	go func() {
+		runtime.LockOSThread()
+		defer close(done)
+		for n := uint32(1 << 24); !ends.Load(); { // stations that there are have lower numbers
+			for _, buf := range other.from.bufs {
+				if invents.Load() {
+					n++
+				}
+				binary.BigEndian.PutUint32(other.from.mem[int(buf.GPA)+virtio.NetHdrSize+8:], n)
+			}
+			other.lap(b)
+		}
+	}()
+	const turn = 100 // laps
+	var took [2][]time.Duration
+	for n := 0; n < b.N || len(took[1]) == 0; n += 2 * turn * benchRing {
+		for side := range took {
+			invents.Store(side == 1)
+			known.lap(b)
+			from := time.Now()
+			for range turn {
+				known.lap(b)
+			}
+			took[side] = append(took[side], time.Since(from))
+		}
+	}
+	ends.Store(true)
+	<-done
+	slices.Sort(took[0])
+	slices.Sort(took[1])
+	fixed, invented := took[0][len(took[0])/2], took[1][len(took[1])/2]
+	b.ReportMetric(float64(invented)/float64(turn*benchRing), "ns/frame")
+	b.ReportMetric(float64(invented)/float64(fixed), "slowdown")
+	st := s.Stats()
+	b.ReportMetric(float64(st.Addresses), "addresses")
+	if refused := st.Ports[2].NotLearned; st.Addresses > 4+l2switch.DefaultPortAddresses || b.N > 1 && refused == 0 {
+		b.Fatalf("%d addresses are learned, %d were not", st.Addresses, refused)
+	}
+}
+
 // TestDeliveryAllocatesNothing: a frame that goes straight to its guest takes no memory.
 func TestDeliveryAllocatesNothing(t *testing.T) {
 	for _, g := range []l2switch.Guard{{}, {MACs: []l2switch.MAC{mac(1)}, NoDHCPServer: true}} {
-		c := newCable(t, 1000, g)
+		c := newCable(t, newSwitch(t, l2switch.Config{}), 1, 1000, g)
 		c.lap(t)
 		if n := testing.AllocsPerRun(10, func() { c.lap(t) }); n != 0 {
 			t.Errorf("%v allocations for %d frames, guard %+v", n, benchRing, g)

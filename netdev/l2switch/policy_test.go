@@ -277,6 +277,11 @@ func TestInventedAddressesTakeNothingFromOthers(t *testing.T) {
 	if l.stats("flood").NotLearned < 19000 {
 		t.Errorf("%+v", l.stats("flood"))
 	}
+	forward(time.Second)
+	for i := range 500 { // a port that has as many as it may gets none that others have, either
+		l.passes("flood", "a", ether(mac(1), mac(0x1000+i), 0x88b5), nil)
+	}
+	check(500)
 	forward(5 * time.Second)
 	for i := range 500 {
 		l.passes("b", "a", ether(mac(1), mac(0x1000+i), 0x88b5), nil) // b's are heard of again

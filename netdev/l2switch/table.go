@@ -37,7 +37,7 @@ type table struct {
 	limit   int
 	ageing  uint32 // seconds
 	count   atomic.Int64
-	swept   uint32 // when the aged were thrown out last
+	swept   atomic.Uint32 // when the aged were thrown out last
 
 	moves   atomic.Uint64 // addresses that went to another port
 	refused atomic.Uint64 // addresses that were not learned: the table was full
@@ -107,23 +107,30 @@ func (t *table) touch(key uint64, port int, now uint32) {
 
 // learn notes that key is behind a port, whose share is of at most max addresses. shares finds the share of the port that loses one.
 func (t *table) learn(key uint64, port int, now uint32, share *learned, max int, shares func(port int) *learned) {
-	if int(share.count.Load()) >= max && t.tidy(now) {
-		share.refused.Add(1)
-		return
+	b := t.bucket(key)
+	if t.swept.Load() == now {
+		// There is no point in looking for the aged again. Whoever invents addresses ends here, and takes no lock that others may want.
+		if int(share.count.Load()) >= max {
+			share.refused.Add(1)
+			return
+		}
+		if _, _, known := b.find(key); !known && int(t.count.Load()) >= t.limit {
+			t.refused.Add(1)
+			return
+		}
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	b := t.bucket(key)
 	way, known := b.place(key)
-	if !known && int(share.count.Load()) >= max {
+	if mine := known && int(b.vals[way].Load()>>32) == port; !mine && int(share.count.Load()) >= max {
 		t.sweep(now, shares)
+		if int(share.count.Load()) >= max {
+			share.refused.Add(1)
+			return
+		}
+		way, known = b.place(key)
 	}
-	switch {
-	case known:
-	case int(share.count.Load()) >= max:
-		share.refused.Add(1)
-		return
-	case int(t.count.Load()) >= t.limit:
+	if !known && int(t.count.Load()) >= t.limit {
 		t.sweep(now, shares)
 		if int(t.count.Load()) >= t.limit {
 			t.refused.Add(1)
@@ -140,13 +147,6 @@ func (t *table) learn(key uint64, port int, now uint32, share *learned, max int,
 	b.set(way, key, entry(port, now))
 	share.count.Add(1)
 	t.count.Add(1)
-}
-
-// tidy reports whether the aged were thrown out just now, so that there is no point in doing it again.
-func (t *table) tidy(now uint32) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.swept == now
 }
 
 // place finds the way of a key, or else the one that it may take: a free one, or the one that was heard of least lately.
@@ -175,10 +175,10 @@ func (t *table) drop(val uint64, shares func(port int) *learned) {
 
 // sweep throws out what has aged, once a second at most. The caller holds mu.
 func (t *table) sweep(now uint32, shares func(port int) *learned) {
-	if t.swept == now {
+	if t.swept.Load() == now {
 		return
 	}
-	t.swept = now
+	t.swept.Store(now)
 	t.purge(shares, func(_ uint64, val uint64) bool { return t.aged(uint32(val), now) })
 }
 

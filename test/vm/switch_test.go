@@ -97,11 +97,25 @@ var everybody = l2switch.MAC{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 // arrives checks that of frames that p sends, to gets those that are wanted and nothing else with the mark.
 func (p *plugged) arrives(to *plugged, frames [][]byte, want ...[]byte) {
 	p.t.Helper()
-	last := want[len(want)-1]
-	must(p.t, to.vm.Watch(to.ctx, "eth0")) // from here on: its socket has room for these, and not for all of the traffic before
+	to.watch()
+	p.sends(frames...)
+	to.gets(want...)
+}
+
+// watch has the guest listen from here on: its socket has room for a few frames, and not for all of the traffic before.
+func (p *plugged) watch() { must(p.t, p.vm.Watch(p.ctx, "eth0")) }
+
+// sends sends frames past the guest's stack. They may be on their way when it returns.
+func (p *plugged) sends(frames ...[]byte) {
+	p.t.Helper()
 	_, err := p.vm.Frames(p.ctx, rpc.FramesArgs{Link: "eth0", Send: frames})
 	must(p.t, err)
-	got, err := to.vm.Frames(to.ctx, rpc.FramesArgs{Link: "eth0", Mark: []byte(mark), Until: last[14:], Timeout: 30 * time.Second})
+}
+
+// gets checks that of the frames with the mark that have come since watch, up to the last of want, these are all.
+func (p *plugged) gets(want ...[]byte) {
+	p.t.Helper()
+	got, err := p.vm.Frames(p.ctx, rpc.FramesArgs{Link: "eth0", Mark: []byte(mark), Until: want[len(want)-1][14:], Timeout: 30 * time.Second})
 	must(p.t, err)
 	if len(got) != len(want) {
 		p.t.Fatalf("%d frames came, want %d: %q", len(got), len(want), got)
@@ -255,14 +269,16 @@ func switchIsolation(a, b *plugged) {
 	a.reaches(b, true) // b is not
 	b.set(isolate)
 	a.reaches(b, false)
-	before := a.drops(l2switch.DropIsolated)
-	_, err := a.vm.Frames(a.ctx, rpc.FramesArgs{Link: "eth0", Send: [][]byte{
-		a.frame(b.mac, a.mac, experiment, nil, "to b"), a.frame(everybody, a.mac, experiment, nil, "to all"),
-	}})
-	must(a.t, err)
+	isolated, reserved := a.drops(l2switch.DropIsolated), a.drops(l2switch.DropReserved)
+	b.watch()
+	a.sends(a.frame(b.mac, a.mac, experiment, nil, "to b"), a.frame(everybody, a.mac, experiment, nil, "to all"),
+		a.frame(l2switch.MAC{1, 0x80, 0xc2}, a.mac, experiment, nil, "to no port"))
+	eventually(a.t, time.Minute, "the switch has seen the last of them", func() bool { return a.drops(l2switch.DropReserved) > reserved })
 	b.set(nil)
-	a.arrives(b, [][]byte{a.frame(b.mac, a.mac, experiment, nil, "again")}, a.frame(b.mac, a.mac, experiment, nil, "again"))
-	if n := a.drops(l2switch.DropIsolated) - before; n == 0 {
+	again := a.frame(b.mac, a.mac, experiment, nil, "again")
+	a.sends(again)
+	b.gets(again)
+	if a.drops(l2switch.DropIsolated) == isolated {
 		a.t.Error("no frame was dropped between isolated ports")
 	}
 }

@@ -123,6 +123,12 @@ func (d *daemon) emptied() error {
 	}
 }
 
+// tidied is usage when the daemon has had the time to return the memory of guests who have left, which it does when nobody has for 2 s.
+func (d *daemon) tidied() (usage, error) {
+	time.Sleep(5 * time.Second)
+	return d.usage()
+}
+
 // usage is what a process holds. Guest memory that it has touched is in Shared, for it is the guest's.
 type usage struct {
 	Private    int `json:"private_kib"` // resident, RssAnon and RssFile

@@ -5,6 +5,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"sync"
 	"time"
 )
@@ -45,6 +46,7 @@ func fairly(c config, network string, n int, took time.Duration) (_ *fairness, e
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, d.stop()) }()
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(2 * (n + 2))) // no thread waits for another to leave it one of Go's processors
 	guests, _, err := connect(d, ends*(n+1), c.size)
 	if err != nil {
 		return nil, err
