@@ -29,7 +29,7 @@ var layers = map[string][]string{
 	"offload":            {"virtio"},
 	"guestmem":           {"internal/shm"},
 	"vring":              {"virtio", "guestmem", "internal/shm"},
-	"zerocopy":           {"virtio", "guestmem", "vring", "offload"},
+	"zerocopy":           {"virtio", "guestmem", "vring", "offload", "internal/shm"},
 	"netdev":             {"zerocopy", "offload", "virtio"},
 	"internal/netopt":    {},
 	"internal/config":    {},

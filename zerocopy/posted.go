@@ -1,7 +1,7 @@
 package zerocopy
 
 import (
-	"github.com/vhostd/vhostd/guestmem"
+	"github.com/vhostd/vhostd/internal/shm"
 	"github.com/vhostd/vhostd/offload"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/vring"
@@ -181,7 +181,8 @@ func (p *Posted) write(hdr *virtio.NetHdr, frags [][]byte) WriteResult {
 		hdr.Encode(dst[:p.hdrLen])
 		n := p.hdrLen
 		for _, f := range frags {
-			n += copy(dst[n:total], f)
+			shm.Copy(dst[n:total], f)
+			n += len(f)
 		}
 		p.ring.View().Dirty(c.Segs[0].Addr, uint64(total))
 	} else {
@@ -375,50 +376,4 @@ func (p *Posted) GiveBack() {
 	p.ring.Unpop(p.held())
 	p.first, p.last, p.flattened, p.room = 0, 0, 0, 0
 	p.flat, p.flatStart = p.flat[:0], 0
-}
-
-// scatter writes a stream of bytes over the segments of the chains that are held.
-type scatter struct {
-	p        *Posted
-	at       uint64 // cursor of the chain
-	seg, off int
-}
-
-func (w *scatter) header(hdr *virtio.NetHdr) {
-	var b [virtio.NetHdrSize]byte
-	hdr.Encode(b[:w.p.hdrLen])
-	w.write(b[:w.p.hdrLen])
-}
-
-// next returns the guest memory at the writing position.
-func (w *scatter) next() *vring.Seg {
-	c := &w.p.chains[w.at&w.p.mask]
-	for w.off == len(c.Segs[w.seg].Mem) {
-		w.off = 0
-		if w.seg++; w.seg == len(c.Segs) {
-			w.seg = 0
-			w.at++
-			c = &w.p.chains[w.at&w.p.mask]
-		}
-	}
-	return &c.Segs[w.seg]
-}
-
-func (w *scatter) write(b []byte) {
-	for len(b) > 0 {
-		s := w.next()
-		n := copy(s.Mem[w.off:], b)
-		w.p.ring.View().Dirty(s.Addr+guestmem.GPA(w.off), uint64(n))
-		w.off += n
-		b = b[n:]
-	}
-}
-
-func (w *scatter) skip(n int) {
-	for n > 0 {
-		s := w.next()
-		m := min(n, len(s.Mem)-w.off)
-		w.off += m
-		n -= m
-	}
 }

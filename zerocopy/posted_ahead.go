@@ -1,6 +1,7 @@
 package zerocopy
 
 import (
+	"github.com/vhostd/vhostd/internal/shm"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/vring"
 )
@@ -24,7 +25,7 @@ func (p *Posted) writeNext(first uint64, last uint32, frame []byte) bool {
 	}
 	dst := c.Segs[0].Mem[:total]
 	virtio.PutNetHdr(dst[:p.hdrLen], first, last|oneBuffer)
-	copy(dst[p.hdrLen:], frame)
+	shm.Copy(dst[p.hdrLen:], frame)
 	p.ring.View().Dirty(c.Segs[0].Addr, uint64(total))
 	p.ring.Put(c.Head, uint32(total))
 	p.first++
@@ -98,7 +99,8 @@ func (p *Posted) mergeNext(first uint64, last uint32, frame []byte) bool {
 	virtio.PutNetHdr(dst[:p.hdrLen], first, last|uint32(n)<<16)
 	written, left := p.hdrLen, frame
 	for dst = dst[written:]; ; dst = p.front().Segs[0].Mem {
-		m := copy(dst, left)
+		m := min(len(dst), len(left))
+		shm.Copy(dst, left[:m])
 		left = left[m:]
 		written += m
 		c := p.front()
