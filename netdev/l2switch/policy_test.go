@@ -1,6 +1,7 @@
 package l2switch_test
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"testing"
@@ -344,41 +345,71 @@ func TestConfigIsChecked(t *testing.T) {
 	}
 }
 
-// FuzzJudge: no frame makes the judge panic, and none passes whose source is not the guest's.
+// FuzzJudge: no frame makes the judge panic, and none passes whose source is not the guest's, or that a DHCP server or a router sends; nor one that becomes so when
+// a device completes its checksum.
 func FuzzJudge(f *testing.F) {
 	me := mac(1)
 	f.Add(ether(mac(2), me, tIPv6, ip6("2001:db8::1", "2001:db8::2", pDestOpts, cat(ext(pICMPv6), nd(136, 24, "2001:db8::1", link(2, me)))...)), false, uint16(0), uint16(0))
 	f.Add(ether(everybody, me, tARP, arp(1, me, "192.0.2.1", "192.0.2.2")), true, uint16(14), uint16(14))
 	f.Add(tag(ether(mac(2), me, tIPv4, ip4("192.0.2.1", "192.0.2.2", pUDP, 0x2000, udp(67, 68)...)), 0), true, uint16(34), uint16(6))
+	f.Add(ether(mac(2), me, tIPv4, ip4("192.0.2.1", "192.0.2.2", pUDP, 0, udp(53, 53)...)), true, uint16(34), uint16(6))
 	c := l2switch.PortConfig{Name: "me", Guard: l2switch.Guard{MACs: []l2switch.MAC{me}, IPs: prefixes("192.0.2.1/32", "2001:db8::1/128"), NoDHCPServer: true, NoRouter: true}}
 	f.Fuzz(func(t *testing.T, frame []byte, needsCsum bool, start, offset uint16) {
 		head := append([]byte(nil), frame[:min(len(frame), 256)]...)
 		if _, ok := l2switch.ParseFuzz(c, head, len(frame), needsCsum, start, offset); !ok {
 			return
 		}
-		at := 12
-		if binary.BigEndian.Uint16(head[at:]) == 0x8100 {
-			at += 4
+		if wrong := mischief(head, me); wrong != "" {
+			t.Fatalf("%s passed: %x", wrong, head)
 		}
-		src, l3 := [6]byte(head[6:12]), head[at+2:]
-		var claims string
-		switch binary.BigEndian.Uint16(head[at:]) {
-		case tIPv4:
-			claims = fmt.Sprint(l3[12:16])
-		case tARP:
-			claims = fmt.Sprint(l3[14:18])
-		case tIPv6:
-			claims = fmt.Sprint(l3[8:24])
-		case tRARP:
-			return
-		default:
-			t.Fatalf("another protocol passed: %x", head)
-		}
-		for _, mine := range []string{"192.0.2.1", "0.0.0.0", "2001:db8::1", "fe80::ff:fe00:1", "::"} {
-			if src == me && claims == fmt.Sprint(addr(mine)) {
-				return
+		if at := int(start) + int(offset); needsCsum && at+2 <= len(head) {
+			head[at], head[at+1] = ^head[at], ^head[at+1]
+			if wrong := mischief(head, me); wrong != "" {
+				t.Fatalf("%s passed, by its checksum at %d: %x", wrong, at, head)
 			}
 		}
-		t.Fatalf("an impostor passed: %x", head)
 	})
+}
+
+// mischief reads a frame as plainly as can be, and tells what in it is not the guest's to send.
+func mischief(head []byte, me [6]byte) string {
+	at := 12
+	if binary.BigEndian.Uint16(head[at:]) == 0x8100 {
+		at += 4
+	}
+	l3 := head[at+2:]
+	var claims []byte
+	var proto byte
+	var l4 []byte
+	switch binary.BigEndian.Uint16(head[at:]) {
+	case tIPv4:
+		claims, proto = l3[12:16], l3[9]
+		if n := int(l3[0]&15) * 4; binary.BigEndian.Uint16(l3[6:])&0x1fff == 0 && n <= len(l3) {
+			l4 = l3[n:]
+		}
+	case tARP:
+		claims = l3[14:18]
+	case tIPv6:
+		claims, proto, l4 = l3[8:24], l3[6], l3[40:]
+	case tRARP:
+		return ""
+	default:
+		return "another protocol"
+	}
+	server, client := uint16(67), uint16(68)
+	if len(claims) == 16 {
+		server, client = 547, 546
+	}
+	switch {
+	case proto == pUDP && len(l4) >= 4 && (binary.BigEndian.Uint16(l4) == server || binary.BigEndian.Uint16(l4[2:]) == client):
+		return "a DHCP server"
+	case proto == pICMPv6 && len(claims) == 16 && len(l4) > 0 && (l4[0] == 134 || l4[0] == 137):
+		return "a router"
+	}
+	for _, mine := range []string{"192.0.2.1", "0.0.0.0", "2001:db8::1", "fe80::ff:fe00:1", "::"} {
+		if [6]byte(head[6:12]) == me && bytes.Equal(claims, addr(mine)) {
+			return ""
+		}
+	}
+	return "an impostor"
 }
