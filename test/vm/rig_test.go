@@ -197,7 +197,7 @@ func (r *rig) startMachine() {
 func (r *rig) waitBoot() {
 	r.t.Helper()
 	start := time.Now()
-	ctx, cancel := context.WithTimeout(r.ctx, 2*time.Minute)
+	ctx, cancel := context.WithTimeout(r.ctx, 5*time.Minute) // three seconds where nothing else runs
 	defer cancel()
 	r.boots++
 	h, err := r.vm.WaitBoot(ctx, r.boots)
