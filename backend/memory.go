@@ -65,9 +65,12 @@ func (s *session) RemMemReg(r vhostuser.MemoryRegion) error {
 // GetMaxMemSlots implements vhostuser.Handler.
 func (s *session) GetMaxMemSlots() uint64 { return guestmem.MaxRegions }
 
+// newRegion maps memory. Tests have it take heap, which the race detector can watch.
+var newRegion = guestmem.NewRegion
+
 // mapRegion maps a region, whose faults are the session's.
 func (s *session) mapRegion(r vhostuser.MemoryRegion, fd int) (*guestmem.Region, error) {
-	m, err := guestmem.NewRegion(fd, r.MmapOffset, guestmem.GPA(r.GuestAddr), guestmem.UVA(r.UserAddr), r.Size)
+	m, err := newRegion(fd, r.MmapOffset, guestmem.GPA(r.GuestAddr), guestmem.UVA(r.UserAddr), r.Size)
 	if err == nil {
 		m.Own(s.ending)
 	}

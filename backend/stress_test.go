@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vhostd/vhostd/backend"
+	"github.com/vhostd/vhostd/internal/require"
 	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/virtio"
 )
@@ -15,24 +17,33 @@ import (
 // stressTime is how long TestControlAtFullRate runs: longer by hand, with the race detector (go test -race ./backend -run TestControlAtFullRate -stress 10m).
 var stressTime = flag.Duration("stress", 0, "how long TestControlAtFullRate runs; 0 is a few seconds")
 
-// Control messages at full rate while traffic runs on all queues of two guests that are wired to each other: memory comes and goes, rings stop, start, are
+// Control messages at full rate, without the budget that would hold them up, while traffic runs on all queues of two guests that are wired to each other: memory comes and goes, rings stop, start, are
 // disabled and reset, descriptors change, the front-end hangs up and comes back. The other guest, on which nothing of that happens, and the neighbour
 // notice nothing; frames that arrive are whole.
 func TestControlAtFullRate(t *testing.T) {
 	for _, packed := range []bool{false, true} {
-		t.Run(fmt.Sprintf("packed=%v", packed), func(t *testing.T) { controlAtFullRate(t, packed) })
+		for _, pair := range []bool{false, true} {
+			t.Run(fmt.Sprintf("packed=%v, PairWorkers=%v", packed, pair), func(t *testing.T) { controlAtFullRate(t, packed, pair) })
+		}
 	}
 }
 
-const stressPairs = 4
+const (
+	stressPairs = 4
+	stressCycle = 2 * stressPairs * 8 // steps in which all has happened once
+)
 
-func controlAtFullRate(t *testing.T, packed bool) {
+func controlAtFullRate(t *testing.T, packed, pair bool) {
 	vhosttest.NoLeaks(t)
+	if require.Race {
+		backend.TakeHeap(t) // the detector sees no other memory
+	}
 	n := newNeighbour(t)
-	o := vhosttest.Options{Pairs: stressPairs, Packed: packed}
+	o := vhosttest.Options{Pairs: stressPairs, Packed: packed, Heap: require.Race}
 	da, db := newLink(t, stressPairs)
-	a, b := start(t, da, o), start(t, db, o)
-	s := &stress{t: t, e: a, extra: vhosttest.NewRegion(t, vhosttest.RegionSpec{GPA: 1 << 40, Size: 1 << 20})}
+	set := func(o *backend.Options) { o.MessageRate, o.PairWorkers = -1, pair }
+	a, b := start(t, da, o, set), start(t, db, o, set)
+	s := &stress{t: t, e: a, extra: vhosttest.NewRegion(t, vhosttest.RegionSpec{GPA: 1 << 40, Size: 1 << 20, Heap: require.Race})}
 	defer s.extra.Close()
 	var wg sync.WaitGroup
 	done := make(chan struct{})
@@ -44,10 +55,10 @@ func controlAtFullRate(t *testing.T, packed bool) {
 	}
 	limit := *stressTime
 	if limit == 0 {
-		limit = 3 * time.Second
+		limit = 2 * time.Second
 	}
 	ops := 0
-	for end := time.Now().Add(limit); time.Now().Before(end) && !t.Failed(); ops++ {
+	for end := time.Now().Add(limit); (ops < stressCycle || time.Now().Before(end)) && !t.Failed(); ops++ {
 		s.step(ops)
 	}
 	close(done)

@@ -60,10 +60,15 @@ func NewRegion(fd int, off uint64, guest GPA, user UVA, size uint64) (*Region, e
 
 // NewHeapRegion returns a region backed by Go's heap, for tests that want the race detector to see guest memory.
 func NewHeapRegion(guest GPA, user UVA, size int) (*Region, error) {
-	if err := checkRange(guest, user, uint64(size)); err != nil {
+	return NewHeapRegionOf(guest, user, shm.Heap(size).Bytes)
+}
+
+// NewHeapRegionOf is NewHeapRegion for memory that is there already.
+func NewHeapRegionOf(guest GPA, user UVA, b []byte) (*Region, error) {
+	if err := checkRange(guest, user, uint64(len(b))); err != nil {
 		return nil, err
 	}
-	return &Region{Guest: guest, User: user, Size: uint64(size), mem: shm.Heap(size)}, nil
+	return &Region{Guest: guest, User: user, Size: uint64(len(b)), mem: shm.HeapOf(b)}, nil
 }
 
 func checkRange(guest GPA, user UVA, size uint64) error {

@@ -150,6 +150,7 @@ func (c *Conn) readMessage(wait time.Duration) (*Message, error) {
 		return nil, err
 	}
 	c.heard.Store(true)
+	received()
 	return m, nil
 }
 
@@ -288,6 +289,7 @@ func (c *Conn) WriteMessage(m *Message) error { return c.WriteRaw(m.Encode(), m.
 func (c *Conn) WriteRaw(b []byte, fds []int) error {
 	c.writing.Lock()
 	defer c.writing.Unlock()
+	sending()
 	err := c.writeAll(b, fds)
 	if err != nil {
 		c.Close()

@@ -81,8 +81,11 @@ func Map(fd int, off, size uint64) (*Mapping, error) {
 // Heap returns a Mapping backed by Go's heap, which the race detector can watch.
 func Heap(size int) *Mapping {
 	v := make([]uint64, (size+7)/8)
-	return &Mapping{Bytes: Bytes(v)[:size:size]}
+	return HeapOf(Bytes(v)[:size:size])
 }
+
+// HeapOf is a Mapping of memory from Heap, which may have several.
+func HeapOf(b []byte) *Mapping { return &Mapping{Bytes: b} }
 
 // Unmap gives the memory back; every slice of it is invalid from then on. A second call does nothing.
 func (m *Mapping) Unmap() error {

@@ -4,12 +4,14 @@ import (
 	"fmt"
 	"os"
 	"runtime/debug"
+	"sync"
 	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/guestmem"
+	"github.com/vhostd/vhostd/internal/shm"
 	"github.com/vhostd/vhostd/vhostuser"
 )
 
@@ -20,6 +22,7 @@ type RegionSpec struct {
 	GPA    guestmem.GPA
 	Size   uint64 // bytes
 	Offset uint64 // in its memory file; any number of bytes
+	Heap   bool   // it lies in Go's heap, which the race detector can watch, and the file is only its name: see HeapOf
 }
 
 // Region is a region of RAM: a memory file of its own, mapped.
@@ -27,7 +30,7 @@ type Region struct {
 	vhostuser.MemoryRegion        // as the front-end tells it
 	FD                     int    // of the memory file
 	Mem                    []byte // Size bytes
-	whole                  []byte
+	whole                  []byte // of a region that is mapped
 	used                   uint64 // bytes that are allocated
 }
 
@@ -61,24 +64,58 @@ func NewRegion(t testing.TB, s RegionSpec) *Region {
 	if err := unix.Ftruncate(fd, int64(n)); err != nil {
 		t.Fatalf("size of the memory file: %v", err)
 	}
+	if s.Heap {
+		return &Region{MemoryRegion: newRange(s), FD: fd, Mem: heapFor(t, fd, int(n))[s.Offset:]}
+	}
 	b, err := unix.Mmap(fd, 0, int(n), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE)
 	if err != nil {
 		t.Fatalf("mmap of the memory file: %v", err)
 	}
-	return &Region{
-		MemoryRegion: vhostuser.MemoryRegion{
-			GuestAddr: uint64(s.GPA), Size: s.Size, UserAddr: 0x5500_0000_0000 + regionCount.Add(1)<<34, MmapOffset: s.Offset,
-		},
-		FD: fd, Mem: b[s.Offset:n:n], whole: b,
+	return &Region{MemoryRegion: newRange(s), FD: fd, Mem: b[s.Offset:n:n], whole: b}
+}
+
+func newRange(s RegionSpec) vhostuser.MemoryRegion {
+	return vhostuser.MemoryRegion{
+		GuestAddr: uint64(s.GPA), Size: s.Size, UserAddr: 0x5500_0000_0000 + regionCount.Add(1)<<34, MmapOffset: s.Offset,
 	}
+}
+
+// heaps is the memory of regions in the heap, by the inode of their file.
+var heaps sync.Map
+
+func heapFor(t testing.TB, fd, n int) []byte {
+	t.Helper()
+	b := shm.Heap(n).Bytes
+	ino := inode(fd)
+	heaps.Store(ino, b)
+	t.Cleanup(func() { heaps.Delete(ino) })
+	return b
+}
+
+// HeapOf is the memory that a descriptor of a region's file stands for, or nil where that is the file's own.
+func HeapOf(fd int) []byte {
+	b, _ := heaps.Load(inode(fd))
+	mem, _ := b.([]byte)
+	return mem
+}
+
+// inode is 0 for what is no file.
+func inode(fd int) uint64 {
+	var st unix.Stat_t
+	if unix.Fstat(fd, &st) != nil {
+		return 0
+	}
+	return st.Ino
 }
 
 // Close unmaps the region and closes its file, for one that no Memory holds. A second call does nothing.
 func (r *Region) Close() {
-	if r.whole == nil {
+	if r.Mem == nil {
 		return
 	}
-	_ = unix.Munmap(r.whole)
+	if r.whole != nil {
+		_ = unix.Munmap(r.whole)
+	}
 	_ = unix.Close(r.FD)
 	r.Mem, r.whole = nil, nil
 }

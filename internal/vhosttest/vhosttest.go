@@ -52,6 +52,7 @@ type Options struct {
 	Path       string
 
 	Regions    []RegionSpec // RAM; nil: two regions with a hole between them, large enough
+	Heap       bool         // RAM that Regions does not name lies in the heap: see RegionSpec
 	SendSize   int          // bytes of a transmit buffer, virtio-net header included; 0: 2048
 	RecvSize   int          // bytes of a posted receive buffer; 0: 2048
 	RecvLayout Layout       // descriptors of a posted receive buffer
@@ -79,8 +80,8 @@ func (o Options) withDefaults() Options {
 	}
 	if o.Regions == nil {
 		o.Regions = []RegionSpec{
-			{GPA: 0, Size: 2 << 20},
-			{GPA: 1 << 32, Size: o.need()},
+			{GPA: 0, Size: 2 << 20, Heap: o.Heap},
+			{GPA: 1 << 32, Size: o.need(), Heap: o.Heap},
 		}
 	}
 	return o

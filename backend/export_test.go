@@ -1,0 +1,19 @@
+package backend
+
+import (
+	"testing"
+
+	"github.com/vhostd/vhostd/guestmem"
+	"github.com/vhostd/vhostd/internal/vhosttest"
+)
+
+// TakeHeap has sessions take the heap that stands for a guest's memory file (vhosttest.RegionSpec.Heap), until the end of the test. No session may be open.
+func TakeHeap(t testing.TB) {
+	newRegion = func(fd int, off uint64, guest guestmem.GPA, user guestmem.UVA, size uint64) (*guestmem.Region, error) {
+		if b := vhosttest.HeapOf(fd); b != nil {
+			return guestmem.NewHeapRegionOf(guest, user, b[off:off+size])
+		}
+		return guestmem.NewRegion(fd, off, guest, user, size)
+	}
+	t.Cleanup(func() { newRegion = guestmem.NewRegion })
+}
