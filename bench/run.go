@@ -82,19 +82,31 @@ func measure(c Config, s *session, quit *atomic.Bool) (*Result, error) {
 	r := &Result{PID: s.pid, Features: strings.Split(s.features.String(), ",")}
 	var hists []*Histogram
 	total := int((c.Duration + window - 1) / window)
-	for left := c.Duration; left > 0 && !quit.Load(); left -= window {
-		second, hist, err := e.second(w, min(left, window))
+	var sent, came uint64
+	nothing := e.empty(sent, came)
+	// On a starved machine nothing may move for a while, although the back-end is well.
+	for left := c.Duration; !quit.Load() && (left > 0 || nothing != nil && c.Duration-left < c.patience()); left -= window {
+		length := min(left, window)
+		if left <= 0 {
+			length = window
+		}
+		second, hist, err := e.second(w, length)
 		if err != nil {
 			return nil, err
 		}
 		r.Seconds, hists = append(r.Seconds, second), append(hists, hist)
+		sent, came = sent+second.GuestToHost.Frames, came+second.HostToGuest.Frames
+		nothing = e.empty(sent, came)
 		if c.Progress != nil {
-			c.Progress(len(r.Seconds), total, second)
+			c.Progress(len(r.Seconds), max(total, len(r.Seconds)), second)
 		}
 	}
 	r.summarize(hists)
 	r.Kicks, r.Lost, r.Foreign, r.Behind = s.send.kicks+s.recv.kicks, e.given, e.foreign, e.late > 0
-	return r, e.empty(r)
+	if quit.Load() {
+		return r, nil
+	}
+	return r, nothing
 }
 
 // second is one window.
@@ -121,16 +133,14 @@ func (e *engine) second(w *watcher, length time.Duration) (sec Second, hist *His
 	return sec, hist, nil
 }
 
-// empty says what is wrong with a result of nothing.
-func (e *engine) empty(r *Result) error {
+// empty says what is wrong with a back-end that took no frame, or from which none came.
+func (e *engine) empty(sent, came uint64) error {
 	switch {
-	case e.quit.Load():
-		return nil
-	case e.c.Direction == Echo && r.HostToGuest.Frames == 0:
+	case e.c.Direction == Echo && came == 0:
 		return fmt.Errorf("none of %d frames came back: does the back-end echo? (vhostd run --net null,echo=on; dpdk-testpmd --forward-mode=io)", e.number)
-	case e.c.Direction.sends() && r.GuestToHost.Frames == 0:
+	case e.c.Direction.sends() && sent == 0:
 		return errors.New("the back-end took no frame")
-	case e.c.Direction.receives() && r.HostToGuest.Frames == 0:
+	case e.c.Direction.receives() && came == 0:
 		return errors.New("no frame came: does the back-end make any? (vhostd run --net null,generate=on; dpdk-testpmd --forward-mode=txonly)")
 	}
 	return nil

@@ -1,6 +1,10 @@
 package l2switch
 
-import "time"
+import (
+	"time"
+
+	"github.com/vhostd/vhostd/netdev"
+)
 
 // SetClock has the switch take its time from f, from before the first frame on.
 func (s *Switch) SetClock(f func() time.Duration) { s.clock = f }
@@ -39,4 +43,14 @@ func ParseFuzz(c PortConfig, head []byte, length int, needsCsum bool, start, off
 		f.hdr.Flags, f.hdr.CsumStart, f.hdr.CsumOffset = 1, start, offset
 	}
 	return f.enter(r)
+}
+
+// RingLate has a port's receivers wait for frames, and be rung by somebody who found the port before it left.
+func RingLate(port netdev.Device) {
+	queues := port.(*device).p.queues
+	for i := range queues {
+		l := &queues[i].lane
+		l.state.Store(forFrames)
+		l.rouse(forFrames, forFrames)
+	}
 }

@@ -1,6 +1,7 @@
 package l2switch_test
 
 import (
+	"sync"
 	"testing"
 
 	"github.com/vhostd/vhostd/netdev"
@@ -51,4 +52,24 @@ func TestDevice(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestPortThatLeftIsRung: a sweep rang a receiver whose port had just been closed. By then its descriptor could have been another's.
+func TestPortThatLeftIsRung(t *testing.T) {
+	s := newSwitch(t, l2switch.Config{})
+	d, err := s.AddPort(l2switch.PortConfig{Name: "a", Pairs: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ringing sync.WaitGroup
+	ringing.Go(func() {
+		for range 1000 {
+			l2switch.RingLate(d)
+		}
+	})
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	ringing.Wait()
+	l2switch.RingLate(d)
 }

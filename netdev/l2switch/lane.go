@@ -89,6 +89,7 @@ type lane struct {
 	state atomic.Uint32 // of the worker
 	ready *sys.EventFD  // readable when frames came while it waited for them
 	rang  atomic.Bool   // ready was signalled since it was drained
+	bell  sync.Mutex    // guards ready against its end: a sweep, or a sender, that found the port before it left may want to ring still
 }
 
 func (l *lane) init(sw *Switch, index int) (err error) {
@@ -266,6 +267,20 @@ func (l *lane) rouse(state, or uint32) {
 
 // ring signals ready.
 func (l *lane) ring() {
+	l.bell.Lock()
+	defer l.bell.Unlock()
+	if l.ready.FD() < 0 {
+		return // the port has left
+	}
 	l.ready.Signal()
 	l.rang.Store(true) // not before: who drains it then has drained this signal
+}
+
+// free closes the descriptor, once nobody waits for it any more.
+func (l *lane) free() {
+	l.bell.Lock()
+	defer l.bell.Unlock()
+	if l.ready != nil {
+		_ = l.ready.Close()
+	}
 }

@@ -22,7 +22,6 @@ type Port struct {
 	drops   [NumReasons]atomic.Uint64
 	up      *uplink // nil: a guest's
 	ended   sync.Once
-	freed   sync.Once
 }
 
 func newPort(s *Switch, index int, c PortConfig, r *rules) (*Port, error) {
@@ -42,13 +41,9 @@ func newPort(s *Switch, index int, c PortConfig, r *rules) (*Port, error) {
 
 // free closes the descriptors.
 func (p *Port) free() {
-	p.freed.Do(func() {
-		for i := range p.queues {
-			if l := &p.queues[i].lane; l.ready != nil {
-				_ = l.ready.Close()
-			}
-		}
-	})
+	for i := range p.queues {
+		p.queues[i].lane.free()
+	}
 }
 
 // end drops what waits for the port, and what comes from now on.
