@@ -215,6 +215,7 @@ func checkAdvert(t *testing.T, ra header.NDPRouterAdvert) {
 
 func TestMultiqueueSpreadsFlowsAndKeepsThem(t *testing.T) {
 	const pairs, conns = 4, 64 // enough that chance leaves no pair without
+	const size = 128 << 10     // bytes each way of each: more takes a starved machine longer than anybody waits
 	port := listen(t, "tcp4", func(c *net.TCPConn) { io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c}) })
 	d := openTest(t, "")
 	g := newGuest(t, d, guestOptions{features: offloads, address: true, pairs: pairs})
@@ -229,11 +230,11 @@ func TestMultiqueueSpreadsFlowsAndKeepsThem(t *testing.T) {
 			defer c.Close()
 			c.SetDeadline(time.Now().Add(testTimeout))
 			go func() {
-				io.Copy(struct{ io.Writer }{c}, newPattern(1<<20))
+				io.Copy(struct{ io.Writer }{c}, newPattern(size))
 				c.CloseWrite()
 			}()
 			n, crc, err := sum(c)
-			if err == nil && (n != 1<<20 || crc != wantSum(1<<20)) {
+			if err == nil && (n != size || crc != wantSum(size)) {
 				err = io.ErrUnexpectedEOF
 			}
 			results <- err
