@@ -101,6 +101,9 @@ type Report struct {
 // Apply confines the process to n, for good. It is called once, when everything is open and before strangers are served. An error may leave
 // the process half confined: it should end.
 func Apply(n Needs) (Report, error) {
+	if cgo {
+		return Report{}, errors.New("this vhostd was built with cgo: its C library makes system calls of its own, which would end it. Build it with CGO_ENABLED=0, or run it with --no-sandbox")
+	}
 	_ = time.Now().Local().String() // reads the time zone's file, which the log wants later
 	var r Report
 	for _, step := range []struct {

@@ -1,0 +1,5 @@
+//go:build !cgo || race
+
+package confine
+
+const cgo = false
