@@ -246,7 +246,6 @@ func (q *queue) open() error {
 	if q.fromGuest {
 		q.window, q.bad = zerocopy.NewWindow(q.ring, q.feat, q.worker.signal), 0
 		q.check = !q.s.b.dev.Capabilities().IgnoresHeader
-		q.window.ReadsHeaders = q.check
 	} else {
 		q.posted = zerocopy.NewPosted(q.ring, q.feat)
 		q.posted.Inherit(q.rest)

@@ -25,7 +25,6 @@ import (
 	"time"
 
 	"github.com/vhostd/vhostd/guestmem"
-	"github.com/vhostd/vhostd/internal/shm"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/vring"
 )
@@ -74,10 +73,6 @@ type Window struct {
 	head, tail uint64 // cursors: slots [tail, head) are taken
 	hdrLen     int
 	Stats      WindowStats
-
-	// ReadsHeaders: the device will read the virtio-net headers. They are on the driver's processor, so they are asked for as the frames of a batch are popped,
-	// and travel together instead of one after the other.
-	ReadsHeaders bool
 
 	blocked      uint64 // the slot that Reap stopped at, plus one; 0 for none
 	blockedSince time.Time
@@ -149,9 +144,6 @@ func (w *Window) loadRun(batch []*Buffer, n int) (frames int) {
 		if !w.load(s, uint32(i)) {
 			s.state = slotBad
 			continue
-		}
-		if w.ReadsHeaders {
-			shm.PrefetchRead(s.buf.hdrSrc)
 		}
 		batch[frames] = s.buf
 		frames++

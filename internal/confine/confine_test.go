@@ -21,8 +21,8 @@ import (
 func needKernel(t *testing.T) {
 	t.Helper()
 	require.Root(t, "confine")
-	if require.Race {
-		t.Skip("skipped: the race detector's runtime is no vhostd") // it maps memory and starts threads in ways of its own
+	if require.Race || cgo {
+		t.Skip("skipped: the runtime of the race detector, or of cgo, is no vhostd") // it maps memory and starts threads in ways of its own
 	}
 	if s := Supported(); !s.Seccomp || s.Landlock < 6 {
 		require.Skip(t, "confine", "seccomp %v, Landlock version %d (%v), want 6", s.Seccomp, s.Landlock, s.LandlockErr)
