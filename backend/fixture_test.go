@@ -76,15 +76,16 @@ func (w *lockedBuffer) String() string {
 // end is one guest, with its back-end and device.
 type end struct {
 	*vhosttest.Guest
-	dev *device
-	be  *backend.Backend
+	dev    *device
+	be     *backend.Backend
+	faults uint64 // the front-end errors that were counted when it last worked
 }
 
 // start makes an end on d.
 func start(t testing.TB, d *device, o vhosttest.Options, set ...func(*backend.Options)) *end {
 	t.Helper()
 	b := serve(t, d, set...)
-	return &end{vhosttest.Start(t, b, o), d, b}
+	return &end{Guest: vhosttest.Start(t, b, o), dev: d, be: b}
 }
 
 // link makes two guests that are wired to each other, and checks at the end that nothing leaked.

@@ -89,8 +89,12 @@ func TestF17NeverCompletes(t *testing.T) {
 			if used := q.Driver.RawUsedIndex() - uint16(vhosttest.StartIndex); used != 0 {
 				t.Fatalf("%d chains are used: the device does complete", used)
 			}
+			begin := time.Now()
 			if err := stop(e); err != nil {
 				t.Fatal(err)
+			}
+			if took := time.Since(begin); took > 10*time.Second { // the drain timeout is far less
+				t.Errorf("the answer took %v", took)
 			}
 			if used := q.Driver.RawUsedIndex() - uint16(vhosttest.StartIndex); used != 30 {
 				t.Errorf("%d chains were returned, want 30", used)

@@ -53,9 +53,10 @@ func (e *end) works(t *testing.T) {
 	if err := (flow{to: e, frames: 20}).receive(); err != nil {
 		t.Fatal(err)
 	}
+	e.faults = e.be.Stats().FrontEndErrors
 }
 
-// closed checks that the back-end hangs up, and serves the next connection as if nothing had been.
+// closed checks that the back-end hangs up for an error of the front-end, and serves the next connection as if nothing had been.
 func (e *end) closed(t *testing.T) {
 	t.Helper()
 	e.FE.ReplyTimeout = vhosttest.Patience
@@ -69,6 +70,7 @@ func (e *end) closed(t *testing.T) {
 		}
 		m.CloseFDs()
 	}
+	vhosttest.Eventually(t, "a front-end error", func() bool { return e.be.Stats().FrontEndErrors > e.faults })
 	e.Reconnect()
 	e.works(t)
 }

@@ -303,12 +303,13 @@ func TestG6WrongDirectionOnReceiveq(t *testing.T) {
 	add([]vhosttest.Piece{readable}, nil)
 	add(mixed[:1], mixed[1:])
 	add(nil, []vhosttest.Piece{buf(virtio.NetHdrSize)})
+	add(nil, []vhosttest.Piece{buf(1)})
 	add(nil, []vhosttest.Piece{good})
 	e.Receiveq(0).Flush()
 	d.wires[0].push(parcel{data: vhosttest.Frame(7, 500)})
 	for i, id := range want {
 		length := uint32(0)
-		if i == 3 {
+		if i == len(want)-1 {
 			length = virtio.NetHdrSize + 500
 		}
 		if i == 0 {
@@ -323,8 +324,8 @@ func TestG6WrongDirectionOnReceiveq(t *testing.T) {
 	if err := check(e.Mem.At(good.GPA+virtio.NetHdrSize, 500), 7); err != nil {
 		t.Error(err)
 	}
-	if m := e.be.Stats().Queues[0].Malformed; m != 3 {
-		t.Errorf("%d malformed chains, want 3", m)
+	if m := e.be.Stats().Queues[0].Malformed; m != 4 {
+		t.Errorf("%d malformed chains, want 4", m)
 	}
 	n.goesOn(t)
 }
@@ -347,6 +348,9 @@ func TestG7ShortChains(t *testing.T) {
 		})
 		dropped(t, e, id)
 		n.goesOn(t)
+	}
+	if m := e.be.Stats().Queues[1].Malformed; m != 9 {
+		t.Errorf("%d malformed chains, want 9", m)
 	}
 	// The shortest that is a frame.
 	for _, l := range []vhosttest.Layout{{12}, {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, {11, 1, 1}} {

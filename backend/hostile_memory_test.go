@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"os"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -146,8 +147,9 @@ func TestF10Regions(t *testing.T) {
 	e.works(t)
 	n.goesOn(t)
 	for _, count := range []uint32{0, 9, math.MaxUint32} {
-		payload := append(u32s(count, 0), make([]byte, 8*32)...)
-		e.raw(t, append(header(vhostuser.ReqSetMemTable, vhostuser.FlagVersion, len(payload)), payload...), spare.FD)
+		payload := append(u32s(count, 0), make([]byte, 32*min(count, 9))...) // as long as it says, where it can be
+		fds := slices.Repeat([]int{spare.FD}, int(min(count, 8)))
+		e.raw(t, append(header(vhostuser.ReqSetMemTable, vhostuser.FlagVersion, len(payload)), payload...), fds...)
 		e.closed(t)
 	}
 }

@@ -31,26 +31,37 @@ func TestF14Order(t *testing.T) {
 	for _, order := range [][]int{
 		{kick}, {addr}, {base}, {enable}, {kick, addr, num, base}, {kick, num, base, addr}, {addr, num, kick}, {num, kick, enable},
 	} {
-		e.Hangup()
-		e.Dial() // nothing negotiated, no memory
-		for _, s := range order {
-			_ = steps[s]() // refused or not: nothing may come of it
-		}
-		if _, err := e.FE.GetFeatures(); err == nil {
+		for _, negotiated := range []bool{false, true} { // without acks the first step that is refused ends the session
+			e.Hangup()
+			e.Dial() // no memory
+			if negotiated {
+				e.Negotiate()
+			}
+			for _, s := range order {
+				_ = steps[s]() // refused or not: nothing may come of it
+			}
+			_, err := e.FE.GetFeatures()
+			if negotiated && err != nil {
+				t.Fatalf("order %v: the session ended: %v", order, err)
+			}
+			if st := e.be.Stats(); st.Queues[0].Started || st.Queues[1].Started {
+				t.Errorf("order %v, negotiated %v: a ring started", order, negotiated)
+			}
 			for i := range uint32(2) {
-				if _, err := e.FE.GetVringBase(i); err != nil {
-					t.Fatalf("order %v: GET_VRING_BASE %d: %v", order, i, err)
+				if _, err2 := e.FE.GetVringBase(i); err == nil && err2 != nil {
+					t.Fatalf("order %v: GET_VRING_BASE %d: %v", order, i, err2)
 				}
 			}
+			n.goesOn(t)
+			e.Reconnect()
+			e.works(t)
 		}
-		n.goesOn(t)
-		e.Reconnect()
-		e.works(t)
 	}
 }
 
 func TestF14BaseOfUntouchedRing(t *testing.T) {
 	vhosttest.NoLeaks(t)
+	n := newNeighbour(t)
 	e := vhosttest.New(t, serve(t, newDevice(t, 1)), vhosttest.Options{})
 	e.Dial()
 	for i := range uint32(2) {
@@ -58,6 +69,7 @@ func TestF14BaseOfUntouchedRing(t *testing.T) {
 			t.Errorf("GET_VRING_BASE of a ring that was never there: %d, %v", base, err)
 		}
 	}
+	n.goesOn(t)
 }
 
 func TestF15Features(t *testing.T) {
@@ -65,7 +77,7 @@ func TestF15Features(t *testing.T) {
 	n := newNeighbour(t)
 	e := attack(t, vhosttest.Options{})
 	for name, f := range map[string]func() error{
-		"not offered":           func() error { return e.FE.SetFeatures(uint64(e.Features | virtio.FRingPacked)) },
+		"not offered":           func() error { e.Stop(); return e.FE.SetFeatures(uint64(e.Features | virtio.FAccessPlatform)) },
 		"changed while it runs": func() error { return e.FE.SetFeatures(uint64(e.Features &^ virtio.FNetMrgRxbuf)) },
 		"protocol, not offered": func() error { return e.FE.SetProtocolFeatures(e.Protocol | vhostuser.ProtocolInflightShmFD) },
 		"in-band notifications": func() error { return e.FE.SetProtocolFeatures(vhostuser.ProtocolInbandNotify) },
@@ -93,6 +105,7 @@ func TestF19ReplyNotRead(t *testing.T) {
 			break // the back-end has hung up, or this end has: it waited as long
 		}
 	}
+	vhosttest.Eventually(t, "the session's end", func() bool { return e.be.Stats().FrontEndErrors == 1 })
 	n.goesOn(t)
 	e.Reconnect()
 	e.works(t)
@@ -119,7 +132,7 @@ func TestF20SecondConnection(t *testing.T) {
 	b := serve(t, d)
 	done := make(chan error, 1)
 	go func() { done <- b.Serve(t.Context(), l) }()
-	e := &end{vhosttest.Start(t, nil, vhosttest.Options{Path: path}), d, b}
+	e := &end{Guest: vhosttest.Start(t, nil, vhosttest.Options{Path: path}), dev: d, be: b}
 	e.works(t)
 	second, err := vhostuser.Dial(t.Context(), path)
 	if err != nil {
@@ -161,7 +174,7 @@ func TestF20SilentConnection(t *testing.T) {
 	defer silent.Close()
 	vhosttest.Eventually(t, "the silent session", func() bool { return b.Stats().Connected })
 	time.Sleep(2 * grace)
-	e := &end{vhosttest.Start(t, nil, vhosttest.Options{Path: path}), d, b}
+	e := &end{Guest: vhosttest.Start(t, nil, vhosttest.Options{Path: path}), dev: d, be: b}
 	e.works(t)
 	if st := b.Stats(); st.FrontEndErrors != 1 || st.Sessions != 2 {
 		t.Errorf("%d front-end errors, %d sessions; want 1 and 2", st.FrontEndErrors, st.Sessions)

@@ -278,6 +278,8 @@ func TestG13PartsOverlap(t *testing.T) {
 	vhosttest.NoLeaks(t)
 	n := newNeighbour(t)
 	e := rigged(t)
+	over := e.Mem.Alloc(4096, 4)
+	ran := 0
 	for _, pick := range []func(a, other [3]uint64) [3]uint64{
 		func(a, _ [3]uint64) [3]uint64 { return [3]uint64{a[0], a[0], a[0]} },
 		func(a, _ [3]uint64) [3]uint64 { return [3]uint64{a[0], a[1], a[0]} },
@@ -285,7 +287,7 @@ func TestG13PartsOverlap(t *testing.T) {
 		func(a, _ [3]uint64) [3]uint64 { return [3]uint64{a[0], a[2], a[2]} },
 		func(a, o [3]uint64) [3]uint64 { return o },
 		func(a, o [3]uint64) [3]uint64 { return [3]uint64{a[0], a[1], o[0]} },
-		func(a, _ [3]uint64) [3]uint64 { return [3]uint64{a[0], a[1], e.Mem.User(e.Mem.Alloc(4096, 4))} },
+		func(a, _ [3]uint64) [3]uint64 { return [3]uint64{a[0], a[1], e.Mem.User(over)} }, // on what is sent
 	} {
 		q := e.Transmitq(0)
 		q.Stop()
@@ -295,8 +297,12 @@ func TestG13PartsOverlap(t *testing.T) {
 		// It may be refused; if not, the ring runs on what lies there.
 		if err := e.FE.SetVringAddr(a); err == nil {
 			_ = e.FE.SetVringKick(1, q.Kick.FD())
+			if e.be.Stats().Queues[1].Started {
+				ran++
+			}
 		}
 		for i := range 50 {
+			_, _ = q.Driver.Add([]vhosttest.Piece{{GPA: over, Len: 200}}, nil)
 			if _, err := q.Add(virtio.NetHdr{}, vhosttest.Frame(uint64(i), 100), nil); err == nil {
 				q.Driver.Publish()
 			}
@@ -316,5 +322,8 @@ func TestG13PartsOverlap(t *testing.T) {
 		e.StartQueues()
 		e.works(t)
 		n.goesOn(t)
+	}
+	if ran == 0 {
+		t.Error("no ring ran: all such addresses were refused")
 	}
 }

@@ -1,7 +1,9 @@
 package backend_test
 
 import (
+	"bytes"
 	"encoding/binary"
+	"errors"
 	"math"
 	"testing"
 
@@ -97,13 +99,17 @@ func TestF12LogSizes(t *testing.T) {
 	})
 }
 
-// A ring may be told to log, anywhere: nothing is ever written there.
+// A ring may be told to log, anywhere: it runs, and nothing is ever written there.
 func TestF12RingLogAddress(t *testing.T) {
 	vhosttest.NoLeaks(t)
 	n := newNeighbour(t)
 	e := attack(t, vhosttest.Options{})
+	page := e.Mem.Alloc(4096, 4096)
+	canary := e.Mem.At(page, 4096)
+	copy(canary, bytes.Repeat([]byte{0xa5}, len(canary)))
+	before := bytes.Clone(canary)
 	for _, q := range e.Queues {
-		for _, log := range []uint64{0, 1, math.MaxUint64, 1 << 63, e.Mem.Regions[0].GuestAddr, e.Mem.User(0)} {
+		for _, log := range []uint64{0, 1, math.MaxUint64, 1 << 63, e.Mem.User(0), uint64(page), e.Mem.User(page)} {
 			a := q.Addr()
 			a.Flags, a.Log = vhostuser.VringFlagLog, log
 			if err := e.FE.SetVringAddr(a); err != nil {
@@ -113,10 +119,17 @@ func TestF12RingLogAddress(t *testing.T) {
 			if err := e.FE.SetVringAddr(a); err != nil {
 				t.Errorf("log at %#x, stopped: %v", log, err)
 			}
-			q.Start()
+			index := uint32(q.Index)
+			if err := errors.Join(e.FE.SetVringNum(index, 256), e.FE.SetVringBase(index, uint32(q.Base)), e.FE.SetVringAddr(a),
+				e.FE.SetVringCall(index, q.Call.FD()), e.FE.SetVringKick(index, q.Kick.FD()), e.FE.SetVringEnable(index, true)); err != nil {
+				t.Fatalf("log at %#x, started: %v", log, err)
+			}
+			e.works(t)
 		}
 	}
-	e.works(t)
+	if !bytes.Equal(canary, before) {
+		t.Error("something was written to where a ring was told to log")
+	}
 	n.goesOn(t)
 }
 
@@ -171,6 +184,7 @@ func TestF23IOTLB(t *testing.T) {
 // Descriptors that go with a message which is refused are closed here: the peer of one sees its end.
 func TestF22DescriptorsAreClosed(t *testing.T) {
 	vhosttest.NoLeaks(t)
+	neighbour := newNeighbour(t)
 	e := attack(t, vhosttest.Options{})
 	var p [2]int
 	if err := unix.Pipe2(p[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
@@ -186,4 +200,5 @@ func TestF22DescriptorsAreClosed(t *testing.T) {
 		n, err := unix.Read(p[0], make([]byte, 1))
 		return n == 0 && err == nil
 	})
+	neighbour.goesOn(t)
 }
