@@ -90,17 +90,20 @@ func (o options) run() error {
 		if len(o.works) > 0 && !slices.Contains(o.works, w.name) {
 			continue
 		}
-		guests := o.guests
+		guests, rings := o.guests, o.rings
 		if w.guest != "" {
 			guests = []string{w.guest}
 		}
+		if w.guest == nobody {
+			rings = []string{"-"}
+		}
 		for _, guest := range guests {
-			for _, ring := range o.rings {
+			for _, ring := range rings {
 				if o.limit > 0 && time.Since(began) > o.limit {
 					log.Printf("%s, %s, %s: left out, as %v are over", w.name, guest, ring, o.limit)
 					continue
 				}
-				o.compare(out, w, turn{guest: guest, packed: ring == "packed"})
+				o.compare(out, w, turn{guest: guest, ring: ring})
 			}
 		}
 	}
@@ -116,7 +119,8 @@ func (o options) preamble() string {
 Back-end on processor %d, guest on processor %d, in turns A B A B. Medians over quiet seconds of one placement class; compare within a line only.
 Rates are millions of frames a second, and a ratio above 1 says that vhostd is faster; latencies are the p50 of each second, idle is the
 share of a processor that the back-end takes, and there a ratio below 1 says that vhostd does with less. "headers": vhostd's null device reads each frame's header, as
-a device with a wire must. Echo: vhostd with --workers pair, back to back, or 2 ms apart.
+a device with a wire must. Echo: vhostd with --workers pair, back to back, or 2 ms apart. "wake-up-alone" is what it takes a thread that waits for an eventfd on the
+other processor to wake, as far apart and with no back-end at all: echo-asleep has it in it.
 
 `, o.date, "```\n"+"go run ./test/perf "+strings.Join(os.Args[1:], " ")+"\n```", backCPU, guestCPU)
 }
@@ -158,7 +162,7 @@ func (o options) compare(out io.Writer, w work, t turn) {
 
 // printLine prints what the peers reached in seconds of one class.
 func (o options) printLine(out io.Writer, w work, t turn, class placement.Class, v [][]float64) {
-	fmt.Fprintf(out, "| %s | %s | %s | %s | %s |", w.name, t.guest, t.ring(), class, w.format(v[0]))
+	fmt.Fprintf(out, "| %s | %s | %s | %s | %s |", w.name, t.guest, t.ring, class, w.format(v[0]))
 	samples := fmt.Sprint(len(v[0]))
 	for _, theirs := range v[1:] {
 		ratio := "-"
@@ -172,7 +176,7 @@ func (o options) printLine(out io.Writer, w work, t turn, class placement.Class,
 	if i := slices.Index(o.peers, dpdkPeer); i >= 0 {
 		theirs = v[i]
 	}
-	fmt.Fprintf(out, " %s | %s |\n", w.verdict(t.packed, v[0], theirs), samples)
+	fmt.Fprintf(out, " %s | %s |\n", w.verdict(t.packed(), v[0], theirs), samples)
 }
 
 // sample is one second, in the work's unit.

@@ -44,9 +44,13 @@ var works = []work{
 	{name: "guest-to-host-9000-headers", size: 9000, headers: true},
 	{name: "host-to-guest-9000", size: 9000, toGuest: true, want: want{split: 1.5, packed: 1.5}},
 	{name: "echo-polling", kind: latency, size: 64, guest: "bench", want: want{split: 1.2, packed: 1.2}},
-	{name: "echo-asleep", kind: latency, size: 64, think: 2 * time.Millisecond, guest: "bench", want: want{own: 60e3}},
+	{name: "echo-asleep", kind: latency, size: 64, think: asleep, guest: "bench", want: want{own: 60e3}},
+	{name: "wake-up-alone", kind: latency, think: asleep, guest: nobody},
 	{name: "idle", kind: idle, size: 64, guest: "virtio-user", want: want{own: 0.001}},
 }
+
+// asleep is a pause in which a back-end that may sleep does.
+const asleep = 2 * time.Millisecond
 
 func workNames() string {
 	var names []string
@@ -61,20 +65,21 @@ const dpdkPeer = "dpdk"
 
 // turn is who does a work.
 type turn struct {
-	peer   string // dpdkPeer or a vhostd binary
-	guest  string // virtio-user or bench
-	packed bool
+	peer  string // dpdkPeer or a vhostd binary
+	guest string // virtio-user, bench or nobody
+	ring  string // split or packed
 }
 
-func (t turn) ring() string {
-	if t.packed {
-		return "packed"
-	}
-	return "split"
-}
+func (t turn) packed() bool { return t.ring == "packed" }
 
 // measure is one turn: the back-end on one processor, the guest on the other.
 func (o options) measure(w work, t turn) ([]sample, error) {
+	if w.guest == nobody {
+		if t.peer != o.peers[0] {
+			return nil, nil
+		}
+		return o.wakeAlone(w.think)
+	}
 	dir, err := os.MkdirTemp("", "vhostd-perf")
 	if err != nil {
 		return nil, err
@@ -126,7 +131,7 @@ func (o options) start(w work, t turn, socket string) (*dpdk.Process, error) {
 // byBench measures with the driver end of vhostd bench.
 func (o options) byBench(w work, t turn, socket string, back *dpdk.Process) (all []sample, err error) {
 	c := bench.DefaultConfig()
-	c.Path, c.Packed, c.Frames, c.InOrder, c.Huge, c.CPU = socket, t.packed, []int{w.size}, true, true, guestCPU
+	c.Path, c.Packed, c.Frames, c.InOrder, c.Huge, c.CPU = socket, t.packed(), []int{w.size}, true, true, guestCPU
 	c.Duration, c.WarmUp = time.Duration(o.tries())*time.Second, 300*time.Millisecond
 	switch {
 	case w.kind == latency:
@@ -161,7 +166,7 @@ func (o options) byVirtioUser(w work, t turn, socket string, back *dpdk.Process)
 	if w.toGuest || w.kind == idle {
 		mode = "rxonly"
 	}
-	form := dpdk.Form{Packed: t.packed, InOrder: true, Mergeable: true}
+	form := dpdk.Form{Packed: t.packed(), InOrder: true, Mergeable: true}
 	guest, err := dpdk.Testpmd(dpdk.Options{
 		CPU: guestCPU, Vdevs: []string{form.VirtioUser(socket)}, Mode: mode, Frame: w.size, Scatter: w.size > dpdk.MbufRoom,
 	})
