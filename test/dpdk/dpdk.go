@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -67,14 +68,19 @@ func Start(cpu int, name string, args ...string) (*Process, error) {
 	if p.stdin, err = p.cmd.StdinPipe(); err != nil {
 		return nil, err
 	}
-	if err := p.cmd.Start(); err != nil {
-		return nil, err
-	}
+	started := make(chan error)
 	go func() {
-		_ = p.cmd.Wait()
+		// It is the end of the thread that started a process which Pdeathsig looks at. Threads end here when a goroutine does that was locked to one.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := p.cmd.Start()
+		started <- err
+		if err == nil {
+			_ = p.cmd.Wait()
+		}
 		close(p.done)
 	}()
-	return p, nil
+	return p, <-started
 }
 
 // Ended reports whether the process has ended.
