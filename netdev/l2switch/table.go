@@ -43,8 +43,10 @@ type table struct {
 	refused atomic.Uint64 // addresses that were not learned: the table was full
 }
 
+// newTable has four to eight times as many places as addresses: a bucket that is full has one of its addresses forgotten for another port's, and with half as many
+// places it was one in a thousand that chance filled.
 func newTable(limit int, ageing uint32) *table {
-	n := 1 << bits.Len(uint(2*limit/ways))
+	n := 1 << bits.Len(uint(4*limit/ways))
 	return &table{buckets: make([]bucket, n), shift: uint(64 - bits.Len(uint(n-1))), seed: rand.Uint64(), limit: limit, ageing: ageing}
 }
 
