@@ -96,21 +96,24 @@ func (p *port) move(to *pair) error {
 	return errors.Join(from.unwatch(b.sock.FD()), to.watch(b.sock.FD()))
 }
 
-// suit replaces a binding that lends although it may not any more, or does not although it might. No worker runs.
+// suit replaces a binding that lends although it may not any more, or does not although it might, and one that a pair which is not in use any more
+// took with it: what comes after the front-end has its answer is received. No worker runs.
 func (p *port) suit() error {
 	p.control.Lock()
 	defer p.control.Unlock()
-	b := p.cur.Load()
-	if b == nil || !b.guest || b.way.zerocopy() || !b.single() || b.recv.inPlace == p.lends.Load() {
-		return nil
-	}
 	deadline := time.Now().Add(p.dev.opts.Drain)
-	if err := p.shut(deadline, nil); err != nil {
-		return err
+	switch b := p.cur.Load(); {
+	case b == nil && (p.closed || !p.dev.wanted.Load()):
+		return nil
+	case b == nil:
+	case !b.guest || b.way.zerocopy() || !b.single() || b.recv.inPlace == p.lends.Load():
+		return nil
+	default:
+		if err := p.shut(deadline, nil); err != nil {
+			return err
+		}
 	}
-	if err := p.open(p.dev.way, p.dev.memory(), deadline); err != nil && !errors.Is(err, unix.EBUSY) {
-		return err // else tend goes on trying
-	}
+	p.reopenUntil(deadline) // else tend goes on trying
 	return nil
 }
 
@@ -313,10 +316,13 @@ func (p *port) turn(b *binding) {
 func (p *port) reopen() {
 	p.control.Lock()
 	defer p.control.Unlock()
-	if p.cur.Load() != nil || p.closed {
-		return
+	if p.cur.Load() == nil && !p.closed {
+		p.reopenUntil(time.Now().Add(busyPause))
 	}
-	deadline := time.Now().Add(busyPause)
+}
+
+// reopenUntil binds the port again, and notes in failed what stands in the way for longer. control is held.
+func (p *port) reopenUntil(deadline time.Time) {
 	err := p.open(p.dev.way, p.dev.memory(), deadline)
 	if err != nil && !errors.Is(err, unix.EBUSY) && len(p.dev.memory()) > 0 {
 		err = p.open(p.dev.way, nil, deadline)
