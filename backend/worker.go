@@ -7,6 +7,7 @@ import (
 
 	"github.com/vhostd/vhostd/internal/shm"
 	"github.com/vhostd/vhostd/netdev"
+	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/vring"
 	"github.com/vhostd/vhostd/zerocopy"
 )
@@ -225,9 +226,8 @@ func (q *queue) armTransmit() step {
 func (q *queue) validate(bufs []*zerocopy.Buffer) []*zerocopy.Buffer {
 	keep := bufs[:0]
 	for _, b := range bufs {
-		h := b.Header()
-		if h.Flags|h.GSOType != 0 {
-			if err := h.Validate(b.Len(), q.feat); err != nil {
+		if first, last := b.HeaderWords(); virtio.NetHdrAsks(first) {
+			if err := virtio.NetHdrOf(first, last).Validate(b.Len(), q.feat); err != nil {
 				q.live.invalid++
 				b.Release(zerocopy.Dropped)
 				continue

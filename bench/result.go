@@ -21,7 +21,7 @@ func (c *Count) add(o Count) {
 type Second struct {
 	Class       placement.Class `json:"class"`
 	RTT         time.Duration   `json:"rtt_ns"` // of a cache line between the two threads' processors; 0: not known
-	Quiet       bool            `json:"quiet"`  // neither thread had to wait for its processor
+	Quiet       bool            `json:"quiet"`  // neither thread had to wait for its processor, but for threads of the same process
 	Length      time.Duration   `json:"length_ns"`
 	GuestToHost Count           `json:"guest_to_host"` // returned by the back-end
 	HostToGuest Count           `json:"host_to_guest"`

@@ -184,6 +184,16 @@ type seen struct {
 	backendCPU float64
 }
 
+// gaveWay is how long the busiest thread may have waited for others of the same process: the back-end's own work is none that disturbs it.
+func (w *watcher) gaveWay(before map[int]placement.Thread, busiest int) (sum time.Duration) {
+	for id, t := range w.theirs {
+		if id != busiest && t.CPU == w.theirs[busiest].CPU {
+			sum += t.Ran - before[id].Ran
+		}
+	}
+	return min(sum, w.theirs[busiest].Waited-before[busiest].Waited)
+}
+
 // look ends a window and begins the next. Both threads stand still for some milliseconds.
 func (w *watcher) look() (s seen) {
 	mine, theirs, at := w.mine, w.theirs, w.at
@@ -194,7 +204,7 @@ func (w *watcher) look() (s seen) {
 	cpus := [2]int{placement.CPU(), -1}
 	if busiest, ok := placement.Busiest(theirs, w.theirs, w.tid); ok {
 		cpus[1] = w.theirs[busiest].CPU
-		waited += w.theirs[busiest].Waited - theirs[busiest].Waited
+		waited += w.theirs[busiest].Waited - theirs[busiest].Waited - w.gaveWay(theirs, busiest)
 	}
 	s.quiet = float64(waited)/float64(took) < placement.MaxWaited.Seconds()
 	class, rtt := placement.Between(cpus[0], cpus[1])

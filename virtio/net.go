@@ -52,23 +52,33 @@ type NetHdr struct {
 
 // DecodeNetHdr reads a header of 10 or 12 bytes. It panics when b is shorter than 10 bytes.
 func DecodeNetHdr(b []byte) NetHdr {
-	h := NetHdr{
-		Flags: b[0], GSOType: b[1],
-		HdrLen:     binary.LittleEndian.Uint16(b[2:]),
-		GSOSize:    binary.LittleEndian.Uint16(b[4:]),
-		CsumStart:  binary.LittleEndian.Uint16(b[6:]),
-		CsumOffset: binary.LittleEndian.Uint16(b[8:]),
-	}
-	if len(b) >= NetHdrSize {
-		h.NumBuffers = binary.LittleEndian.Uint16(b[10:])
-	}
-	return h
+	return NetHdrOf(NetHdrWords(b))
 }
 
 // Words is the header as it lies in memory, little endian: its first 8 bytes, and the 4 behind them, of which the last two are num_buffers.
 func (h NetHdr) Words() (first uint64, last uint32) {
 	first = uint64(h.Flags) | uint64(h.GSOType)<<8 | uint64(h.HdrLen)<<16 | uint64(h.GSOSize)<<32 | uint64(h.CsumStart)<<48
 	return first, uint32(h.CsumOffset) | uint32(h.NumBuffers)<<16
+}
+
+// NetHdrOf is the header of which Words are these.
+func NetHdrOf(first uint64, last uint32) NetHdr {
+	return NetHdr{
+		Flags: uint8(first), GSOType: uint8(first >> 8), HdrLen: uint16(first >> 16), GSOSize: uint16(first >> 32), CsumStart: uint16(first >> 48),
+		CsumOffset: uint16(last), NumBuffers: uint16(last >> 16),
+	}
+}
+
+// NetHdrAsks tells from the first of a header's Words whether anything is to be done to the frame: if not, its other fields mean nothing.
+func NetHdrAsks(first uint64) bool { return uint16(first) != 0 }
+
+// NetHdrWords reads the Words of a header of 10 or 12 bytes, each part of it once. It panics when b is shorter than 10 bytes.
+func NetHdrWords(b []byte) (first uint64, last uint32) {
+	first = binary.LittleEndian.Uint64(b)
+	if len(b) >= NetHdrSize {
+		return first, binary.LittleEndian.Uint32(b[8:])
+	}
+	return first, uint32(binary.LittleEndian.Uint16(b[8:]))
 }
 
 // Encode writes the header into b, which is 10 or 12 bytes long.

@@ -56,7 +56,8 @@ var (
 type Buffer struct {
 	segs   []vring.Seg
 	hdrSrc []byte // the virtio-net header in guest memory, nil once it was fetched
-	hdr    virtio.NetHdr
+	first  uint64 // the header, as virtio.NetHdr.Words
+	last   uint32
 	length uint32  // bytes of all segs
 	refs   int32   // by sync/atomic, except where one owner is provably alone
 	window *Window // whose slot ubuf.Desc is, when the Ubuf is a Window's: saves the indirect call
@@ -68,7 +69,8 @@ type Buffer struct {
 
 // NewBuffer returns a Buffer of private memory: no Ubuf, one reference. The frame has no virtio-net header in it; hdr is its header.
 func NewBuffer(hdr virtio.NetHdr, frags ...[]byte) *Buffer {
-	b := &Buffer{hdr: hdr}
+	b := &Buffer{}
+	b.first, b.last = hdr.Words()
 	b.setFrags(frags)
 	b.refs = 1
 	return b
@@ -108,12 +110,17 @@ func (b *Buffer) Frags() [][]byte {
 
 // Header returns the virtio-net header of the frame, fetched from guest memory at the first call and never again.
 func (b *Buffer) Header() virtio.NetHdr {
-	if src := b.hdrSrc; src != nil {
-		var private [virtio.NetHdrSize]byte
-		b.hdr = virtio.DecodeNetHdr(private[:copy(private[:], src)])
+	return virtio.NetHdrOf(b.HeaderWords())
+}
+
+// HeaderWords is Header as virtio.NetHdr.Words: in registers. A header that is stored field by field and then loaded as a whole waits until the fields are in
+// the cache, and so behind all stores to guests' memory before.
+func (b *Buffer) HeaderWords() (first uint64, last uint32) {
+	if b.hdrSrc != nil {
+		b.first, b.last = virtio.NetHdrWords(b.hdrSrc)
 		b.hdrSrc = nil
 	}
-	return b.hdr
+	return b.first, b.last
 }
 
 // CopyTo copies up to len(p) bytes of the frame from offset off into p, and returns how many.
@@ -207,7 +214,7 @@ func (b *Buffer) Recycle(hdr virtio.NetHdr, frags ...[]byte) error {
 	if b.Zerocopy() {
 		return ErrUbuf
 	}
-	b.hdr = hdr
+	b.first, b.last = hdr.Words()
 	b.setFrags(frags)
 	b.refs = 1
 	b.worst.Store(0)

@@ -127,25 +127,29 @@ func (p *Posted) refuse(head uint16) {
 // Write copies a frame into the guest's buffers. frags are the frame without virtio-net header, in any number of pieces; hdr describes it,
 // NumBuffers is filled in here. What the guest's driver does not accept of checksum offload and segmentation is done here, in software.
 func (p *Posted) Write(hdr virtio.NetHdr, frags [][]byte) WriteResult {
+	first, last := hdr.Words()
+	return p.WriteWords(first, last, frags)
+}
+
+// WriteWords is Write with the header as virtio.NetHdr.Words, for whoever has it so.
+func (p *Posted) WriteWords(first uint64, last uint32, frags [][]byte) WriteResult {
 	if p.lent > 0 {
 		p.refuseLent()
 	}
 	if len(p.pending) > 0 && !p.Flush() {
 		return NoRoom
 	}
-	var first uint64 // of a header without flags: no other field of it means anything (virtio-v1.2 §5.1.6)
-	var last uint32
-	if hdr.Flags|hdr.GSOType != 0 {
-		if !p.accept.Takes(hdr) {
-			return p.lower(hdr, frags, p.accept)
-		}
-		first, last = hdr.Words()
+	if !virtio.NetHdrAsks(first) {
+		first, last = 0, 0 // no other field means anything (virtio-v1.2 §5.1.6)
+	} else if hdr := virtio.NetHdrOf(first, last); !p.accept.Takes(hdr) {
+		return p.lower(hdr, frags, p.accept)
 	}
 	if len(frags) == 1 {
 		if last &^= numBuffers; p.writeNext(first, last, frags[0]) || p.mergeNext(first, last, frags[0]) {
 			return Written
 		}
 	}
+	hdr := virtio.NetHdrOf(first, last)
 	r := p.write(&hdr, frags)
 	if r == TooBig && hdr.GSOType != virtio.GSONone {
 		return p.lower(hdr, frags, p.accept&offload.Csum)

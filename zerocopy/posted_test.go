@@ -87,7 +87,8 @@ func TestPostedWrite(t *testing.T) {
 			if ok != (c.want == Written) {
 				t.Fatalf("frame received: %v", ok)
 			}
-			if ok && (!bytes.Equal(b, data) || hdr.NumBuffers != c.used || hdr.GSOSize != 9) {
+			// Of a header without flags no other field means anything: the sender's are not shown.
+			if ok && (!bytes.Equal(b, data) || hdr != virtio.NetHdr{NumBuffers: c.used}) {
 				t.Errorf("%d bytes with header %+v", len(b), hdr)
 			}
 			if s := p.Stats; ok && (s.Frames != 1 || s.Bytes != uint64(c.size)) {

@@ -203,7 +203,8 @@ func (w *Window) gatherHeader(b *Buffer, c *vring.Chain) {
 			break
 		}
 	}
-	b.hdrSrc, b.hdr = nil, virtio.DecodeNetHdr(private[:w.hdrLen])
+	b.hdrSrc = nil
+	b.first, b.last = virtio.NetHdrWords(private[:w.hdrLen])
 	b.segs = c.Segs[i:]
 }
 

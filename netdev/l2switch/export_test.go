@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/vhostd/vhostd/netdev"
+	"github.com/vhostd/vhostd/virtio"
 )
 
 // SetClock has the switch take its time from f, from before the first frame on.
@@ -40,7 +41,7 @@ func ParseFuzz(c PortConfig, head []byte, length int, needsCsum bool, start, off
 	}
 	f := frame{head: head, length: length}
 	if needsCsum {
-		f.hdr.Flags, f.hdr.CsumStart, f.hdr.CsumOffset = 1, start, offset
+		f.first, f.last = virtio.NetHdr{Flags: virtio.NetHdrNeedsCsum, CsumStart: start, CsumOffset: offset}.Words()
 	}
 	return f.enter(r)
 }

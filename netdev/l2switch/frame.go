@@ -35,7 +35,8 @@ const (
 // frame is one that is being forwarded. Its first bytes were read once, into head: they are what is decided on, and what arrives.
 type frame struct {
 	buf    *zerocopy.Buffer
-	hdr    virtio.NetHdr
+	first  uint64 // the virtio-net header, as virtio.NetHdr.Words
+	last   uint32
 	head   []byte
 	length int
 	dst    uint64
@@ -47,6 +48,9 @@ type frame struct {
 	to     *Port  // nil: all
 	lost   bool   // dropped, for whatever reason
 }
+
+// hdr is the virtio-net header.
+func (f *frame) hdr() virtio.NetHdr { return virtio.NetHdrOf(f.first, f.last) }
 
 // parse reads the frame's Ethernet header from head. It reports false for a frame that ends in it.
 func (f *frame) parse() bool {
@@ -90,16 +94,17 @@ func (f *frame) fits(maxLen int) bool {
 	if f.length-f.tag <= maxLen {
 		return true
 	}
-	if f.hdr.GSOType == virtio.GSONone {
+	hdr := f.hdr()
+	if hdr.GSOType == virtio.GSONone {
 		return false
 	}
-	return f.headers()+int(f.hdr.GSOSize)-f.tag <= maxLen
+	return f.headers(hdr)+int(hdr.GSOSize)-f.tag <= maxLen
 }
 
 // headers is the length in bytes of the headers that each segment of the frame gets.
-func (f *frame) headers() int {
-	l4 := int(f.hdr.CsumStart)
-	switch f.hdr.GSO() {
+func (f *frame) headers(hdr virtio.NetHdr) int {
+	l4 := int(hdr.CsumStart)
+	switch hdr.GSO() {
 	case virtio.GSOTCPv4, virtio.GSOTCPv6:
 		var off [1]byte
 		if f.buf.CopyTo(off[:], l4+12) == 1 {
@@ -114,7 +119,7 @@ func (f *frame) headers() int {
 // shape appends the pieces of the frame's head as a port with rules r sees it, with or without a tag, and returns the virtio-net header. scratch has
 // room for the addresses and a tag. It reports false when the frame cannot be shown there without its tag.
 func (f *frame) shape(r *rules, to [][]byte, scratch []byte) (hdr virtio.NetHdr, frags [][]byte, ok bool) {
-	hdr = f.hdr
+	hdr = f.hdr()
 	tagged := r.tagged(f.vid)
 	switch {
 	case tagged && f.tag > 0:

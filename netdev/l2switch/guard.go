@@ -68,12 +68,12 @@ func (f *frame) judge(r *rules) (why Reason, ok bool) {
 		return f.judgeIPv6(r, l3)
 	}
 	// A checksum to be completed could rewrite what was checked.
-	return DropProtocol, len(r.ips) == 0 && !isTag(f.inner) && f.hdr.Flags&virtio.NetHdrNeedsCsum == 0
+	return DropProtocol, len(r.ips) == 0 && !isTag(f.inner) && f.hdr().Flags&virtio.NetHdrNeedsCsum == 0
 }
 
 // judgeARP checks who is said to have which address (RFC 826, RFC 903).
 func (f *frame) judgeARP(r *rules, at int) (why Reason, ok bool) {
-	if len(f.head) < at+arpLen || f.hdr.Flags&virtio.NetHdrNeedsCsum != 0 {
+	if len(f.head) < at+arpLen || f.hdr().Flags&virtio.NetHdrNeedsCsum != 0 {
 		return DropARP, false
 	}
 	h := f.head[at:]
@@ -113,8 +113,8 @@ func (f *frame) asksDHCP(t transport) bool {
 
 // judgeTransport checks the ports of UDP, and that a checksum to be completed leaves alone what is checked here.
 func (f *frame) judgeTransport(r *rules, t transport, server, client uint16) (why Reason, ok bool) {
-	if f.hdr.Flags&virtio.NetHdrNeedsCsum != 0 {
-		at := int(f.hdr.CsumStart) + int(f.hdr.CsumOffset)
+	if f.hdr().Flags&virtio.NetHdrNeedsCsum != 0 {
+		at := int(f.hdr().CsumStart) + int(f.hdr().CsumOffset)
 		if at < t.at+4 || t.later || t.proto == protoICMPv6 {
 			return DropMalformed, false
 		}

@@ -7,17 +7,17 @@ import (
 
 	"github.com/vhostd/vhostd/internal/sys"
 	"github.com/vhostd/vhostd/netdev"
-	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
 )
 
 // slot is a frame that waits: data, and behind it what is left of buf after skip bytes. Without a buf, data is all of it.
 type slot struct {
-	hdr  virtio.NetHdr
-	data []byte
-	buf  *zerocopy.Buffer
-	skip int
-	from *queue // who sent it
+	first uint64 // the virtio-net header, as virtio.NetHdr.Words
+	last  uint32
+	data  []byte
+	buf   *zerocopy.Buffer
+	skip  int
+	from  *queue // who sent it
 }
 
 // lost tells a frame that there was no memory to copy.
@@ -105,7 +105,7 @@ func (l *lane) share(from *queue) *atomic.Int32 { return &l.shares[from.port.ind
 
 // put appends a frame. When held is given, the first pieces, private in number, are copied, and the others are what is behind its first skip bytes, which is
 // kept; without, all are copied. It reports whether there was room. A sender may have no more frames in the lane than there is room left, so that one which floods leaves some to others. push is held.
-func (l *lane) put(from *queue, hdr virtio.NetHdr, frags [][]byte, private int, held *zerocopy.Buffer, skip int) bool {
+func (l *lane) put(from *queue, first uint64, last uint32, frags [][]byte, private int, held *zerocopy.Buffer, skip int) bool {
 	if l.slots == nil {
 		l.slots = make([]slot, l.sw.backlog)
 	}
@@ -127,7 +127,7 @@ func (l *lane) put(from *queue, hdr virtio.NetHdr, frags [][]byte, private int, 
 	if held == nil {
 		l.copied.Add(int64(len(s.data)))
 	}
-	s.hdr, s.buf, s.skip, s.from = hdr, held, skip, from
+	s.first, s.last, s.buf, s.skip, s.from = first, last, held, skip, from
 	l.share(from).Add(1)
 	l.head.Store(head + 1)
 	return true
@@ -169,7 +169,7 @@ func (l *lane) move(p *zerocopy.Posted, max int) (n int, empty bool) {
 		s := l.at(tail)
 		if !s.lost() {
 			l.scratch = s.frags(l.scratch[:0])
-			r := p.Write(s.hdr, l.scratch)
+			r := p.WriteWords(s.first, s.last, l.scratch)
 			if r == zerocopy.NoRoom {
 				return n, false
 			}

@@ -4,7 +4,6 @@ import (
 	"time"
 
 	"github.com/vhostd/vhostd/netdev"
-	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
 )
 
@@ -102,12 +101,12 @@ func (w *run) Deliver(p *zerocopy.Posted) {
 	}
 	frames, bytes := 0, 0
 	for w.done < len(w.frames) {
-		hdr, frags, ok := w.next()
+		first, last, ok := w.next()
 		if !ok {
 			continue
 		}
 		w.busy = true
-		r := p.Write(hdr, frags)
+		r := p.WriteWords(first, last, w.q.work.frags)
 		w.busy = false
 		if r == zerocopy.NoRoom {
 			break
@@ -124,38 +123,40 @@ func (w *run) Deliver(p *zerocopy.Posted) {
 	l.bytes.Add(uint64(bytes))
 }
 
-// next shapes the frame at done for the receiving port. Without ok, it was lost there.
-func (w *run) next() (hdr virtio.NetHdr, frags [][]byte, ok bool) {
+// next shapes the frame at done for the receiving port: its pieces are work.frags, its virtio-net header is as virtio.NetHdr.Words. Without ok, it was lost there.
+func (w *run) next() (first uint64, last uint32, ok bool) {
 	f, r, work := &w.frames[w.done], w.rules, w.q.work
 	if r.toGuest.on && w.paid == w.done {
 		if !r.toGuest.pass(f.length, w.now) {
 			w.lose(DropLimitOut)
-			return hdr, nil, false
+			return 0, 0, false
 		}
 		w.paid++
 	}
 	if !f.fits(r.maxLen) {
 		w.lose(DropMTUOut)
-		return hdr, nil, false
+		return 0, 0, false
 	}
 	if !r.carries(f.vid) {
 		w.lose(DropVLANOut)
-		return hdr, nil, false
+		return 0, 0, false
 	}
 	if segs := f.buf.Segs(); w.asIs && len(segs) == 1 && f.tag == 0 {
 		// Nothing was promised about this frame that a sender who rewrites it now could break.
 		w.private, w.skip, work.frags = 0, 0, append(work.frags[:0], segs[0].Mem)
-		return f.hdr, work.frags, true
+		return f.first, f.last, true
 	}
-	if hdr, work.frags, ok = f.shape(r, work.frags[:0], work.shape[:]); !ok {
+	hdr, frags, ok := f.shape(r, work.frags[:0], work.shape[:])
+	if work.frags = frags; !ok {
 		w.lose(DropVLANOut)
-		return hdr, nil, false
+		return 0, 0, false
 	}
 	w.private, w.skip = len(work.frags), len(f.head)
 	if len(f.head) < f.length {
 		work.frags = rest(work.frags, f.buf, len(f.head))
 	}
-	return hdr, work.frags, true
+	first, last = hdr.Words()
+	return first, last, true
 }
 
 // lose drops the frame at done. Its buffer, if it is the run's, is released with the others.
@@ -201,7 +202,7 @@ func (w *run) wait() {
 	l.push.Lock()
 	defer l.push.Unlock()
 	for w.done < len(w.frames) {
-		hdr, frags, ok := w.next()
+		first, last, ok := w.next()
 		if !ok {
 			continue
 		}
@@ -210,7 +211,7 @@ func (w *run) wait() {
 		if w.bufs != nil && !l.slow.Load() {
 			held = f.buf
 		}
-		if !l.put(w.q, hdr, frags, w.private, held, w.skip) {
+		if !l.put(w.q, first, last, w.q.work.frags, w.private, held, w.skip) {
 			w.lose(DropBacklog)
 			continue
 		}

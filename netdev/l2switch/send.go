@@ -50,7 +50,7 @@ func (q *queue) read(batch []frame, bufs []*zerocopy.Buffer, r *rules) {
 			head := w.deep[i][:]
 			f.head = head[:b.CopyTo(head, 0)]
 		}
-		f.hdr = b.Header()
+		f.first, f.last = b.HeaderWords()
 		bytes += f.length
 	}
 	q.frames.Add(uint64(len(bufs)))

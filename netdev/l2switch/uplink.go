@@ -13,6 +13,7 @@ import (
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/netdev/soft"
 	"github.com/vhostd/vhostd/offload"
+	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
 )
 
@@ -346,7 +347,7 @@ func (l *lane) unload(to []*zerocopy.Buffer, max int) []*zerocopy.Buffer {
 		c := children.Get().(*child)
 		c.mem, c.frags = s.data, s.frags(c.frags[:0])
 		c.parent.Store(s.buf)
-		if err := c.buf.RecycleUbuf(zerocopy.Ubuf{Callback: childBack, Arg: c}, s.hdr, c.frags...); err != nil {
+		if err := c.buf.RecycleUbuf(zerocopy.Ubuf{Callback: childBack, Arg: c}, virtio.NetHdrOf(s.first, s.last), c.frags...); err != nil {
 			panic("bug: a child is in use: " + err.Error())
 		}
 		l.leave(s, tail)

@@ -97,7 +97,7 @@ func (d *Device) Close() error { return nil }
 func (q *queue) Send(bufs []*zerocopy.Buffer) int {
 	if q.readHeaders {
 		for _, b := range bufs {
-			b.Header()
+			b.HeaderWords()
 		}
 	}
 	zerocopy.ReleaseAll(bufs, zerocopy.Copied)

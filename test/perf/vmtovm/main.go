@@ -42,7 +42,7 @@ type work struct {
 	bar          float64
 }
 
-var works = []work{{64, 64, 1}, {1518, 1518, 1.5}, {65535, 9000, 2}, {9000, 9000, 0}}
+var works = []work{{64, 64, 1}, {1518, 1518, 1.5}, {65535, 65535, 2}, {9000, 9000, 0}}
 
 // wanted tells whether a work is to be done.
 func (o options) wanted(w work) bool {
@@ -174,7 +174,7 @@ func (o options) turn(isDPDK bool, size int) (good []bench.Second, err error) {
 	var back *dpdk.Process
 	if isDPDK {
 		second := strings.Replace(dpdk.Vhost(b), "net_vhost0", "net_vhost1", 1)
-		back, err = dpdk.Testpmd(dpdk.Options{CPU: backCPU, Vdevs: []string{dpdk.Vhost(a), second}, Mode: "io", Frame: size})
+		back, err = dpdk.Testpmd(dpdk.Options{CPU: backCPU, Vdevs: []string{dpdk.Vhost(a), second}, Mode: "io", Frame: min(size, 9000)})
 	} else {
 		back, err = dpdk.Start(backCPU, os.Args[0], "-serve", a+","+b, fmt.Sprintf("-guard=%v", o.guard))
 	}
