@@ -12,6 +12,21 @@ const (
 	numBuffers = 0xffff << 16
 )
 
+// WriteNext is WriteWords for nearly every frame: it is in one piece, needs nothing done in software, and fits into buffers of one segment. It reports false, and
+// has done nothing, where that is not so, or where the guest has posted too little.
+func (p *Posted) WriteNext(first uint64, last uint32, frame []byte) bool {
+	switch {
+	case p.lent > 0 || len(p.pending) > 0:
+		return false
+	case !virtio.NetHdrAsks(first):
+		first, last = 0, 0
+	case !p.accept.Takes(virtio.NetHdrOf(first, last)):
+		return false
+	}
+	last &^= numBuffers
+	return p.writeNext(first, last, frame) || p.mergeNext(first, last, frame)
+}
+
 // writeNext is write for nearly every frame: it fits into the one segment of the guest's next buffer. The header comes as virtio.NetHdr.Words, in registers: a
 // load of what was just stored in smaller pieces waits until those are in the cache, and so behind all stores to the guest's memory.
 func (p *Posted) writeNext(first uint64, last uint32, frame []byte) bool {

@@ -43,6 +43,9 @@ func ParseFuzz(c PortConfig, head []byte, length int, needsCsum bool, start, off
 	if needsCsum {
 		f.first, f.last = virtio.NetHdr{Flags: virtio.NetHdrNeedsCsum, CsumStart: start, CsumOffset: offset}.Words()
 	}
+	var first [plainHead]byte
+	copy(first[:], head)
+	f.parse(&first)
 	return f.enter(r)
 }
 

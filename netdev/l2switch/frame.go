@@ -52,25 +52,21 @@ type frame struct {
 // hdr is the virtio-net header.
 func (f *frame) hdr() virtio.NetHdr { return virtio.NetHdrOf(f.first, f.last) }
 
-// parse reads the frame's Ethernet header from head. It reports false for a frame that ends in it.
-func (f *frame) parse() bool {
-	h := f.head
-	if len(h) < etherLen {
-		return false
+// parse reads the frame's Ethernet header from the first plainHead bytes of head, which may have less; what is behind its end is anything. It sets lost for a
+// frame that ends in its header.
+func (f *frame) parse(head *[plainHead]byte) {
+	f.parseWords(binary.BigEndian.Uint64(head[:]), binary.BigEndian.Uint64(head[8:]), binary.BigEndian.Uint16(head[16:]))
+	f.lost = len(f.head) < etherLen+f.tag
+}
+
+// parseWords reads the Ethernet header from its bytes, big endian. They may be in registers: what is loaded from there in other pieces than it was stored
+// in waits for the stores.
+func (f *frame) parseWords(a, b uint64, c uint16) {
+	f.dst, f.src = a>>16, a&0xffff<<32|b>>32
+	f.tag, f.vid, f.prio, f.inner = 0, 0, 0, uint16(b>>16)
+	if f.inner == typeTag {
+		f.tag, f.vid, f.prio, f.inner = tagLen, uint16(b)&0xfff, uint16(b)&0xf000, c
 	}
-	f.dst, f.src = macOf(h), macOf(h[6:])
-	f.tag, f.vid, f.prio = 0, 0, 0
-	f.inner = binary.BigEndian.Uint16(h[addrsLen:])
-	if f.inner != typeTag {
-		return true
-	}
-	if len(h) < etherLen+tagLen {
-		return false
-	}
-	tci := binary.BigEndian.Uint16(h[etherLen:])
-	f.tag, f.vid, f.prio = tagLen, tci&0xfff, tci&0xf000
-	f.inner = binary.BigEndian.Uint16(h[etherLen+2:])
-	return true
 }
 
 // isTag tells an Ethernet type that another tag begins with.

@@ -1,6 +1,7 @@
 package l2switch
 
 import (
+	"encoding/binary"
 	"time"
 
 	"github.com/vhostd/vhostd/zerocopy"
@@ -39,19 +40,24 @@ func (q *queue) read(batch []frame, bufs []*zerocopy.Buffer, r *rules) {
 	for i, b := range bufs {
 		f := &batch[i]
 		f.buf, f.length = b, b.Len()
-		if head := w.plain[i][:]; !r.guarded {
-			if segs := b.Segs(); len(segs[0].Mem) >= plainHead {
-				copy(head, segs[0].Mem)
-				f.head = head
-			} else {
-				f.head = head[:b.CopyTo(head, 0)]
-			}
-		} else {
-			head := w.deep[i][:]
-			f.head = head[:b.CopyTo(head, 0)]
-		}
 		f.first, f.last = b.HeaderWords()
 		bytes += f.length
+		plain := &w.plain[i]
+		if m := b.Segs()[0].Mem; !r.guarded && len(m) >= plainHead {
+			first, second, third := binary.BigEndian.Uint64(m), binary.BigEndian.Uint64(m[8:]), binary.BigEndian.Uint16(m[16:])
+			f.parseWords(first, second, third)
+			binary.BigEndian.PutUint64(plain[:], first)
+			binary.BigEndian.PutUint64(plain[8:], second)
+			binary.BigEndian.PutUint16(plain[16:], third)
+			f.head, f.lost = plain[:], false
+			continue
+		}
+		head := plain[:]
+		if r.guarded {
+			head = w.deep[i][:]
+		}
+		f.head = head[:b.CopyTo(head, 0)]
+		f.parse((*[plainHead]byte)(head))
 	}
 	q.frames.Add(uint64(len(bufs)))
 	q.bytes.Add(uint64(bytes))
@@ -62,9 +68,15 @@ func (q *queue) decide(batch []frame, v *view, r *rules, now time.Duration) {
 	var src, dst uint64 // stations known to be good, and looked up
 	var to *Port
 	sec := stamp(now)
+	alike := !r.guarded && !r.fromGuest.on // a frame with the last one's addresses is no other
+	var last *frame
 	for i := range batch {
 		f := &batch[i]
-		f.to, f.lost = nil, false
+		if last != nil && f.src == last.src && f.dst == last.dst && f.isLike(last, r.maxLen) {
+			f.to = last.to
+			continue
+		}
+		f.to, last = nil, nil
 		if why, ok := f.enter(r); !ok {
 			q.lose(f, why)
 			continue
@@ -86,8 +98,22 @@ func (q *queue) decide(batch []frame, v *view, r *rules, now time.Duration) {
 		f.to = to
 		if why, ok := f.mayGo(q.port, r, now); !ok {
 			q.lose(f, why)
+		} else if alike && to != nil {
+			last = f
 		}
 	}
+}
+
+// isLike tells whether a frame with the same addresses as another, which may go to one port and is let through without a look behind its Ethernet header, goes there too.
+func (f *frame) isLike(o *frame, maxLen int) bool {
+	if f.tag != o.tag || f.inner != o.inner || f.lost || f.length-f.tag > maxLen {
+		return false
+	}
+	if f.tag == 0 {
+		f.vid = o.vid // the port's own
+		return true
+	}
+	return f.vid == o.vid
 }
 
 // lose drops a frame. It is released with the others of its run.
@@ -99,7 +125,7 @@ func (q *queue) lose(f *frame, why Reason) {
 // enter checks a frame from the guest as far as that takes nothing but the port's rules.
 func (f *frame) enter(r *rules) (why Reason, ok bool) {
 	switch {
-	case !f.parse(), f.src&groupBit != 0, f.src == 0:
+	case f.lost, f.src&groupBit != 0, f.src == 0:
 		return DropMalformed, false
 	case f.dst>>4 == 0x0180c200000:
 		return DropReserved, false
