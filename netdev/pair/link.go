@@ -5,15 +5,15 @@ import (
 	"sync/atomic"
 
 	"github.com/vhostd/vhostd/internal/sys"
-	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
 )
 
 // slot is a frame on its way.
 type slot struct {
-	hdr  virtio.NetHdr
-	data []byte           // the copy; its memory is reused
-	buf  *zerocopy.Buffer // instead of the copy, when pages are held
+	first uint64 // the virtio-net header, as virtio.NetHdr.Words
+	last  uint32
+	data  []byte           // the copy; its memory is reused
+	buf   *zerocopy.Buffer // instead of the copy, when pages are held
 }
 
 // link is one direction of a queue pair. The cursors only grow: senders write head, receivers write tail.
@@ -88,7 +88,7 @@ func (l *link) fill(bufs []*zerocopy.Buffer) int {
 	head := l.head.Load()
 	for i, b := range bufs[:n] {
 		s := l.at(head + uint64(i))
-		s.hdr = b.Header()
+		s.first, s.last = b.HeaderWords()
 		if l.hold {
 			s.buf = b
 		} else {
@@ -157,7 +157,7 @@ func (l *link) get(p *zerocopy.Posted, max int, scratch *[][]byte) (n int, idle 
 		}
 		s := l.at(tail)
 		*scratch = s.frags((*scratch)[:0])
-		switch p.Write(s.hdr, *scratch) {
+		switch p.WriteWords(s.first, s.last, *scratch) {
 		case zerocopy.NoRoom:
 			return n, false, tooBig
 		case zerocopy.TooBig:

@@ -1,7 +1,7 @@
 // Command vmtovm compares two guests on a switch of vhostd's (netdev/l2switch) with two guests on DPDK's testpmd, which forwards between two vhost ports
 // (io). They take turns (A B A B), with the same guest for both: the driver end of vhostd bench, one thread that has both ports. The back-end has
 // processor 0, the guest processor 1. A second counts only in its placement class (internal/placement), and only if nothing else ran on the two.
-// Where both sides send frames of one length, frames per second are compared, else bits. 9000 bytes, which have no bar, are measured with -frame.
+// Where both sides send frames of one length, frames per second are compared, else bits. What has no bar is measured with -frame only.
 //
 //	go run ./test/perf/vmtovm -pairs 5        five minutes
 //
@@ -42,14 +42,22 @@ type work struct {
 	bar          float64
 }
 
-var works = []work{{64, 64, 1}, {1518, 1518, 1.5}, {65535, 65535, 2}, {9000, 9000, 0}}
+var works = []work{{64, 64, 1}, {1518, 1518, 1.5}, {65535, 65535, 2}, {9000, 9000, 0}, {65535, 9000, 0}}
+
+// String is the work as -frame names it.
+func (w work) String() string {
+	if w.vhostd == w.dpdk {
+		return strconv.Itoa(w.vhostd)
+	}
+	return fmt.Sprintf("%d/%d", w.vhostd, w.dpdk)
+}
 
 // wanted tells whether a work is to be done.
 func (o options) wanted(w work) bool {
 	if o.only == "" {
 		return w.bar > 0
 	}
-	return o.only == strconv.Itoa(w.vhostd)
+	return o.only == w.String()
 }
 
 type options struct {
@@ -66,7 +74,7 @@ func main() {
 	flag.BoolVar(&o.any, "any", false, "count seconds in which other work ran on the two processors")
 	flag.BoolVar(&o.packed, "packed", false, "packed rings")
 	flag.BoolVar(&o.guard, "guard", false, "the switch checks source addresses and DHCP")
-	flag.StringVar(&o.only, "frame", "", "only vhostd's frames of this length")
+	flag.StringVar(&o.only, "frame", "", "only frames of this `length`: of the lengths with a bar, 9000, or 65535/9000, where testpmd has 9000")
 	serve := flag.String("serve", "", "be the switch, with ports at these `sockets`")
 	flag.Parse()
 	if *serve != "" {
