@@ -73,12 +73,12 @@ type Config struct {
 	Direction Direction
 	Frames    []int         // lengths in bytes, in turns; the longest is also the longest that is expected to come
 	Rate      float64       // frames per second to send; 0: as fast as they go
-	Window    int           // with Echo and no Rate: frames under way
-	Think     time.Duration // with Echo and no Rate: pause from the last frame's return to the next
+	Window    int           // with Echo or Through and no Rate: frames under way; 0: with Echo 1, with Through as many as go
+	Think     time.Duration // with a Window: pause from the last frame's return to the next
 	Duration  time.Duration // that is measured
 	WarmUp    time.Duration // before that
-	Verify    bool          // with Echo: make, number and check all bytes
-	LostAfter time.Duration // with Echo: how long nothing may come back before what is under way is lost; 0: 1 s
+	Verify    bool          // with Echo, or Through and a Window: make, number and check all bytes
+	LostAfter time.Duration // with these: how long nothing may come back before what is under way is lost; 0: 1 s
 	Patience  time.Duration // how long the back-end may do nothing; 0: 10 s
 
 	Huge bool // memory of huge pages, 2 MiB each
@@ -92,13 +92,16 @@ type Config struct {
 // DefaultConfig sends frames of 64 bytes, as fast as they go.
 func DefaultConfig() Config {
 	return Config{
-		Size: 256, Batch: 32, Chain: 1, Mergeable: true, EventIdx: true, Direction: GuestToHost, Frames: []int{64}, Window: 1,
+		Size: 256, Batch: 32, Chain: 1, Mergeable: true, EventIdx: true, Direction: GuestToHost, Frames: []int{64},
 		Duration: 10 * time.Second, WarmUp: time.Second, CPU: -1,
 	}
 }
 
 // maxChain is the most descriptors of a chain that the driver makes.
 const maxChain = 64
+
+// Returns tells whether each frame is looked for when it comes back: with Echo, and with Through if there is a Window.
+func (c Config) Returns() bool { return c.Direction == Echo || c.Direction == Through && c.Window > 0 }
 
 // Check says what is wrong with c, in the words of vhostd bench.
 func (c Config) Check() error {
@@ -143,7 +146,6 @@ func (c Config) checkFrames() error {
 }
 
 func (c Config) checkTraffic() error {
-	echo := c.Direction == Echo
 	switch c.Direction {
 	case GuestToHost, HostToGuest, Both, Echo, Through:
 	default:
@@ -160,12 +162,14 @@ func (c Config) checkTraffic() error {
 		return errors.New("a rate is for frames that the guest sends")
 	case c.Rate > 0 && c.Think > 0:
 		return errors.New("a rate and a pause between frames exclude each other")
-	case c.Think < 0 || c.Think > 0 && !echo:
-		return fmt.Errorf("a pause of %v between frames is for echo", c.Think)
-	case echo && (c.Window < 1 || c.Window > c.Size/c.Chain):
+	case c.Window < 0 || c.Window > c.Size/c.Chain:
 		return fmt.Errorf("%d frames under way, must be 1 to %d", c.Window, c.Size/c.Chain)
-	case c.Verify && !echo:
-		return errors.New("contents can be verified with echo only")
+	case c.Window > 0 && c.Rate > 0 && c.Direction == Through:
+		return errors.New("a rate and a number of frames under way exclude each other")
+	case c.Think < 0 || c.Think > 0 && !c.Returns():
+		return fmt.Errorf("a pause of %v between frames is for echo, or through with a number of frames under way", c.Think)
+	case c.Verify && !c.Returns():
+		return errors.New("contents can be verified with echo, or through with a number of frames under way")
 	}
 	return nil
 }

@@ -64,7 +64,7 @@ func (e *engine) settle() error {
 	if !e.c.Direction.sends() {
 		return nil
 	}
-	for e.moved = e.look(); e.s.send.driver.Out() > 0 || e.c.Direction == Echo && e.under() > 0; e.look() {
+	for e.moved = e.look(); e.s.send.driver.Out() > 0 || e.c.Returns() && e.under() > 0; e.look() {
 		worked := e.collect()
 		if err := e.s.send.err(); err != nil {
 			return err
@@ -74,7 +74,7 @@ func (e *engine) settle() error {
 			if err != nil {
 				return err
 			}
-			worked = worked || n > 0 && e.c.Direction == Echo
+			worked = worked || n > 0 && e.c.Returns()
 		}
 		if worked {
 			e.moved = e.now

@@ -40,7 +40,7 @@ type engine struct {
 	first   [offBody]byte
 	scratch []byte // with Verify: its bytes so far
 
-	// With Echo.
+	// Of frames that are looked for when they come back (Config.Returns).
 	back    uint64        // frames that have come back
 	given   uint64        // frames given up, which are those below number gone
 	gone    uint64        // frames below this number count no longer as under way
@@ -53,6 +53,9 @@ type engine struct {
 const lateAfter = time.Millisecond
 
 func newEngine(c Config, s *session, quit *atomic.Bool) (*engine, error) {
+	if c.Direction == Echo {
+		c.Window = max(c.Window, 1)
+	}
 	e := &engine{c: c, s: s, begin: time.Now(), quit: quit, tag: rand.Uint32(), lens: make([]uint32, c.Size), sample: -1}
 	e.hist = &e.scrap
 	if c.Direction.receives() {
@@ -89,7 +92,7 @@ const looks = 16
 func (e *engine) run(d time.Duration) (ran time.Duration, err error) {
 	from := e.look()
 	e.origin, e.fired, e.moved = from, 0, from
-	timed := e.c.Rate > 0 || e.c.Direction == Echo
+	timed := e.c.Rate > 0 || e.c.Returns()
 	for i := 0; ; i++ {
 		worked, err := e.turn()
 		if err != nil {
@@ -112,7 +115,7 @@ func (e *engine) run(d time.Duration) (ran time.Duration, err error) {
 // stuck tells whether nothing has moved for too long, and gives up frames that do not come back.
 func (e *engine) stuck() error {
 	quiet := e.now - e.moved
-	if e.c.Direction == Echo && e.under() > 0 && quiet > e.c.lostAfter() {
+	if e.c.Returns() && e.under() > 0 && quiet > e.c.lostAfter() {
 		e.giveUp()
 	}
 	if quiet > e.c.patience() && (e.c.Rate == 0 || e.s.send.driver.Out() > 0) {
@@ -132,6 +135,8 @@ func (e *engine) nothingMoves() error {
 	switch {
 	case e.c.Direction.sends() && e.s.send.driver.Out() > 0:
 		return fmt.Errorf("%s: it holds %d chains of the transmitq", what, e.s.send.driver.Out())
+	case e.c.Direction == Through:
+		return fmt.Errorf("%s: no frame comes out of the other port; is it one of the same switch?", what)
 	case e.c.Direction == Echo:
 		return fmt.Errorf("%s: it takes frames and returns none; does it echo? (vhostd run --net null,echo=on; dpdk-testpmd --forward-mode=io)", what)
 	}
@@ -165,7 +170,7 @@ func (e *engine) transmit() (int, error) {
 	switch {
 	case e.c.Rate > 0:
 		return e.sendDue()
-	case e.c.Direction != Echo:
+	case !e.c.Returns():
 		if e.sample < 0 {
 			e.look()
 		}
@@ -245,7 +250,7 @@ func (e *engine) collect() bool {
 		e.gth.Bytes += uint64(e.lens[id])
 		if int(id) == e.sample {
 			e.sample = -1
-			if e.c.Direction != Echo {
+			if !e.c.Returns() {
 				e.hist.Add(e.look() - e.since)
 			}
 		}
@@ -260,7 +265,7 @@ func (e *engine) receive() (n int, err error) {
 		if !ok {
 			break
 		}
-		if n == 0 && e.c.Direction == Echo {
+		if n == 0 && e.c.Returns() {
 			e.look()
 		}
 		if err := e.take(buf[:written]); err != nil {
@@ -293,7 +298,7 @@ func (e *engine) take(b []byte) error {
 	if e.rest > 0 {
 		return nil
 	}
-	if e.c.Direction == Echo {
+	if e.c.Returns() {
 		return e.returned()
 	}
 	e.htg.Frames++
@@ -314,7 +319,7 @@ func (e *engine) takeFirst(b []byte) error {
 		}
 	}
 	e.got = 0
-	if e.c.Direction == Echo {
+	if e.c.Returns() {
 		e.scratch = e.scratch[:0]
 		clear(e.first[copy(e.first[:], b[virtio.NetHdrSize:]):])
 	}

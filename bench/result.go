@@ -58,8 +58,8 @@ type Result struct {
 	HostToGuest Count    `json:"host_to_guest"`
 	Latency     *Latency `json:"latency,omitempty"`
 	Kicks       uint64   `json:"kicks"`
-	Lost        uint64   `json:"lost"`    // with Echo: frames that did not come back
-	Foreign     uint64   `json:"foreign"` // with Echo: frames that this run has not sent
+	Lost        uint64   `json:"lost"`    // of those that are looked for: frames that did not come back
+	Foreign     uint64   `json:"foreign"` // with these: frames that this run has not sent
 	Behind      bool     `json:"behind"`  // with a rate: the back-end did not keep up with it
 
 	Interrupted bool `json:"interrupted"` // the context ended before the duration

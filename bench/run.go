@@ -136,6 +136,8 @@ func (e *engine) second(w *watcher, length time.Duration) (sec Second, hist *His
 // empty says what is wrong with a back-end that took no frame, or from which none came.
 func (e *engine) empty(sent, came uint64) error {
 	switch {
+	case e.c.Direction == Through && came == 0:
+		return fmt.Errorf("none of %d frames came out of the other port: is it one of the same switch?", e.number)
 	case e.c.Direction == Echo && came == 0:
 		return fmt.Errorf("none of %d frames came back: does the back-end echo? (vhostd run --net null,echo=on; dpdk-testpmd --forward-mode=io)", e.number)
 	case e.c.Direction.sends() && sent == 0:

@@ -58,7 +58,8 @@ func open(ctx context.Context, c Config) (*session, error) {
 	return s, nil
 }
 
-// introduce sends a frame from the address that all others go to, so that a switch knows where that is.
+// introduce sends a frame from the address that all others go to, so that a switch knows where that is: to everybody, as a switch holds none of those for one guest
+// that has posted no buffer yet.
 func (s *session) introduce() error {
 	buf, ok := s.send.next()
 	if !ok {
@@ -66,7 +67,7 @@ func (s *session) introduce() error {
 	}
 	frame := buf[virtio.NetHdrSize : virtio.NetHdrSize+MinFrame]
 	writeHead(frame, 0, 0, 0)
-	copy(frame, addresses[6:12])
+	copy(frame, "\xff\xff\xff\xff\xff\xff")
 	copy(frame[6:], addresses[:6])
 	if _, err := s.send.add(virtio.NetHdrSize + MinFrame); err != nil {
 		return fmt.Errorf("transmitq: %w", err)

@@ -106,9 +106,10 @@ func TestCheck(t *testing.T) {
 		"a rate is for frames that the gues": func(c *Config) { c.Rate, c.Direction = 1, HostToGuest },
 		"exclude each other":                 func(c *Config) { c.Rate, c.Think, c.Direction = 1, 1, Echo },
 		"between frames is for echo":         func(c *Config) { c.Think = time.Second },
-		"0 frames under way":                 func(c *Config) { c.Window, c.Direction = 0, Echo },
+		"-1 frames under way":                func(c *Config) { c.Window, c.Direction = -1, Echo },
+		"a rate and a number of frames":      func(c *Config) { c.Window, c.Rate, c.Direction, c.To = 1, 1, Through, "to" },
 		"65 frames under way, must be 1 to":  func(c *Config) { c.Window, c.Chain, c.Direction = 65, 4, Echo },
-		"verified with echo only":            func(c *Config) { c.Verify = true },
+		"verified with echo, or through":     func(c *Config) { c.Verify = true },
 	} {
 		if err := good(change).Check(); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %q", err, want)

@@ -41,7 +41,8 @@ the two. Compare rates within a class only, from runs in turn. One processor is 
   both            both at once
   echo            the back-end returns frames (vhostd run --net null,echo=on; dpdk-testpmd --forward-mode=io); latency is that of a
                   round trip: --window 1 for a back-end that polls, --think 10ms for one that has gone to sleep
-  through         frames go into this port, and out of another of the same switch (--to)
+  through         frames go into this port, and out of another of the same switch (--to), as fast as they are taken; with --window as fast
+                  as they arrive, which is how TCP sends, and latency is then that from one guest to the other
 
 A back-end that breaks the rules of the ring or, with --verify, changes a frame ends the run with an error. Exit code 0 says that there
 was no such thing, and that frames went.`,
@@ -83,12 +84,12 @@ func (f *benchFlags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.To, "to", "", "with through: `path` of the socket of another port, where the frames come out")
 	fs.StringVar(&f.frames, "frame", "64", "length of the frames in `bytes`, without check sequence; several, like 64,1518, take turns")
 	fs.Float64Var(&f.Rate, "rate", 0, "frames per second to send, `N`; latency then counts from when a frame was due (default: as fast as they go)")
-	fs.IntVar(&f.Window, "window", f.Window, "with echo: frames under way, `N`")
-	fs.DurationVar(&f.Think, "think", 0, "with echo: pause after each frame that has come back, in which the back-end may fall asleep")
+	fs.IntVar(&f.Window, "window", 0, "with echo (default 1) or through: frames under way, `N`")
+	fs.DurationVar(&f.Think, "think", 0, "with --window or echo: pause after each frame that has come back, in which the back-end may fall asleep")
 	fs.DurationVar(&f.Duration, "duration", f.Duration, "how long to measure")
 	fs.DurationVar(&f.WarmUp, "warm-up", f.WarmUp, "how long to go before that")
 	fs.DurationVar(&f.Patience, "patience", 10*time.Second, "give up when the back-end does nothing for that long")
-	fs.BoolVar(&f.Verify, "verify", false, "with echo: make, number and check all bytes of each frame")
+	fs.BoolVar(&f.Verify, "verify", false, "with --window or echo: make, number and check all bytes of each frame")
 
 	fs.StringVar(&f.memory, "memory", "memfd", "guest memory: memfd (4 KiB pages) or hugetlb (2 MiB pages)")
 	fs.StringVar(&f.cold, "cold", "", "spread the buffers of each ring over `bytes` of memory, like 256M, so that frames are in no cache")
@@ -111,8 +112,13 @@ func (f *benchFlags) settle(given func(name string) bool) (err error) {
 		return fmt.Errorf("--event-idx %q: %w", f.eventIdx, err)
 	}
 	f.Direction = bench.Direction(f.direction)
-	if given("window") && f.Direction != bench.Echo {
-		return fmt.Errorf("--window is for --direction echo")
+	switch {
+	case given("window") && f.Direction != bench.Echo && f.Direction != bench.Through:
+		return fmt.Errorf("--window is for --direction echo or through")
+	case given("window") && f.Window < 1:
+		return fmt.Errorf("--window %d: want a number of frames", f.Window)
+	case f.Direction == bench.Echo && !given("window"):
+		f.Window = 1
 	}
 	if f.Frames, err = parseLengths(f.frames); err != nil {
 		return fmt.Errorf("--frame %q: %w", f.frames, err)

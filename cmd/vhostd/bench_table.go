@@ -117,11 +117,14 @@ func printBench(w io.Writer, c bench.Config, r *bench.Result) error {
 
 // printLatency prints a line for each row that has any.
 func printLatency(t *tabwriter.Writer, w io.Writer, c bench.Config, rows []benchRow) error {
-	what := "round trip of a frame"
-	switch c.Direction {
-	case bench.HostToGuest:
+	var what string
+	switch {
+	case c.Direction == bench.HostToGuest:
 		return nil
-	case bench.Echo:
+	case c.Direction == bench.Echo:
+		what = "round trip of a frame"
+	case c.Returns():
+		what = "of a frame from one guest to the other"
 	default:
 		what = "from available to used, of some frames"
 	}
@@ -152,9 +155,9 @@ func setting(c bench.Config) string {
 	switch {
 	case c.Rate > 0:
 		pace = fmt.Sprintf("%s a second", decimal(c.Rate))
-	case c.Direction == bench.Echo && c.Think > 0:
+	case c.Returns() && c.Think > 0:
 		pace = fmt.Sprintf("%d under way, %v apart", c.Window, c.Think)
-	case c.Direction == bench.Echo:
+	case c.Returns():
 		pace = fmt.Sprintf("%d under way", c.Window)
 	}
 	return fmt.Sprintf("%s, %s rings of %d, frames of %s bytes, %s", c.Direction, ring, c.Size, strings.Join(lengths, ", "), pace)
@@ -172,7 +175,7 @@ func backendLine(r *bench.Result) string {
 func sums(c bench.Config, r *bench.Result) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "In all %d frames to the host, %d to the guest, %s", r.GuestToHost.Frames, r.HostToGuest.Frames, count(int(r.Kicks), "kick"))
-	if c.Direction == bench.Echo {
+	if c.Returns() {
 		fmt.Fprintf(&b, ", %d lost, %d of others", r.Lost, r.Foreign)
 	}
 	if c.Verify {

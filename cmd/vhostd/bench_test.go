@@ -151,7 +151,7 @@ func TestPrintBench(t *testing.T) {
 	for name, change := range map[string]func(*bench.Config){
 		"bench.txt": func(*bench.Config) {},
 		"bench-echo.txt": func(c *bench.Config) {
-			c.Direction, c.Think, c.Verify, c.Packed = bench.Echo, time.Millisecond, true, true
+			c.Direction, c.Window, c.Think, c.Verify, c.Packed = bench.Echo, 1, time.Millisecond, true, true
 		},
 		"bench-rate.txt": func(c *bench.Config) { c.Direction, c.Rate = bench.Both, 1e5 },
 		"bench-in.txt":   func(c *bench.Config) { c.Direction, c.Frames = bench.HostToGuest, []int{60, 1514} },

@@ -244,7 +244,7 @@ func TestUsage(t *testing.T) {
 		"bench --socket-path s --memory disk":                                             "want memfd or hugetlb",
 		"bench --socket-path s --cold 5T":                                                 "up to 64G",
 		"bench --socket-path s --cold 65G":                                                "up to 64G",
-		"bench --socket-path s --window 4":                                                "--window is for --direction echo",
+		"bench --socket-path s --window 4":                                                "--window is for --direction echo or through",
 		"bench --socket-path s --indirect":                                                "at least 2 descriptors",
 		"doctor me":                                                                       "takes options only",
 		"man":                                                                             "--dir is needed",
