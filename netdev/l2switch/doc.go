@@ -29,5 +29,5 @@
 // # Addresses
 //
 // The table of learned addresses is read without a lock. Its size is bounded, and so is what one port may put in: a guest that invents addresses finds
-// that they are not learned, and takes nothing from others but by chance, where a bucket is full (see place). An address of a port's Guard is that port's alone.
+// that they are not learned, and takes nothing from others but by chance, where a bucket is full (see victim). An address of a port's Guard is that port's alone.
 package l2switch

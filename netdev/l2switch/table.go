@@ -40,11 +40,11 @@ type table struct {
 	swept   atomic.Uint32 // when the aged were thrown out last
 
 	moves   atomic.Uint64 // addresses that went to another port
-	refused atomic.Uint64 // addresses that were not learned: the table was full
+	refused atomic.Uint64 // addresses that were not learned: the table was full, or their bucket with one of each port
 }
 
-// newTable has four to eight times as many places as addresses: a bucket that is full has one of its addresses forgotten for another port's, and with half as many
-// places it was one in a thousand that chance filled.
+// newTable has four to eight times as many places as addresses: an address that finds its bucket full costs another one its place (see victim), and with half as many
+// places it was one bucket in a thousand that chance filled.
 func newTable(limit int, ageing uint32) *table {
 	n := 1 << bits.Len(uint(4*limit/ways))
 	return &table{buckets: make([]bucket, n), shift: uint(64 - bits.Len(uint(n-1))), seed: rand.Uint64(), limit: limit, ageing: ageing}
@@ -102,7 +102,7 @@ func (t *table) touch(key uint64, port int, now uint32) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	b := t.bucket(key)
-	if way, known := b.place(key); known && int(b.vals[way].Load()>>32) == port {
+	if way, known, _ := b.place(key); known && int(b.vals[way].Load()>>32) == port {
 		b.set(way, key, entry(port, now))
 	}
 }
@@ -123,14 +123,14 @@ func (t *table) learn(key uint64, port int, now uint32, share *learned, max int,
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	way, known := b.place(key)
+	way, known, free := b.place(key)
 	if mine := known && int(b.vals[way].Load()>>32) == port; !mine && int(share.count.Load()) >= max {
 		t.sweep(now, shares)
 		if int(share.count.Load()) >= max {
 			share.refused.Add(1)
 			return
 		}
-		way, known = b.place(key)
+		way, known, free = b.place(key)
 	}
 	if !known && int(t.count.Load()) >= t.limit {
 		t.sweep(now, shares)
@@ -138,7 +138,17 @@ func (t *table) learn(key uint64, port int, now uint32, share *learned, max int,
 			t.refused.Add(1)
 			return
 		}
-		way, _ = b.place(key)
+		way, _, free = b.place(key)
+	}
+	if !known && !free {
+		t.sweep(now, shares)
+		if way, _, free = b.place(key); !free {
+			way, free = b.victim(port)
+		}
+	}
+	if !known && !free {
+		t.refused.Add(1)
+		return
 	}
 	if old := b.keys[way].Load(); old != noKey {
 		t.drop(b.vals[way].Load(), shares)
@@ -151,21 +161,46 @@ func (t *table) learn(key uint64, port int, now uint32, share *learned, max int,
 	t.count.Add(1)
 }
 
-// place finds the way of a key, or else the one that it may take: a free one, or the one that was heard of least lately.
-func (b *bucket) place(key uint64) (way int, known bool) {
-	oldest := ^uint32(0)
+// place finds the way of a key, or else a free one, if there is one.
+func (b *bucket) place(key uint64) (way int, known, free bool) {
 	for i := range b.keys {
 		switch k := b.keys[i].Load(); {
 		case k == key:
-			return i, true
-		case k == noKey:
-			way, oldest = i, 0
-		case oldest != 0 && uint32(b.vals[i].Load()) < oldest:
-			way, oldest = i, uint32(b.vals[i].Load())
+			return i, true, false
+		case k == noKey && !free:
+			way, free = i, true
 		}
 	}
-	return way, false
+	return way, false, free
 }
+
+// victim finds the way that port may take in a full bucket: the one that was heard of least lately, of its own addresses; if it has none here, of those of the port
+// that has the most. Nobody loses the only one.
+func (b *bucket) victim(port int) (way int, found bool) {
+	var has [ways]int // addresses here of the port of each way
+	most := 2
+	for i := range b.vals {
+		for j := range b.vals {
+			if b.port(j) == b.port(i) {
+				has[i]++
+			}
+		}
+		if b.port(i) == port {
+			has[i] = ways + 1
+		}
+		most = max(most, has[i])
+	}
+	oldest := ^uint32(0)
+	for i := range b.vals {
+		if stamp := uint32(b.vals[i].Load()); has[i] == most && stamp <= oldest {
+			way, oldest, found = i, stamp, true
+		}
+	}
+	return way, found
+}
+
+// port is the port of a way.
+func (b *bucket) port(way int) int { return int(b.vals[way].Load() >> 32) }
 
 // drop counts an entry that goes. The caller holds mu.
 func (t *table) drop(val uint64, shares func(port int) *learned) {
