@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"flag"
+	"fmt"
 	"math"
 	"os"
 	"runtime"
@@ -190,7 +191,7 @@ func TestF5Descriptors(t *testing.T) {
 // repeats is 1000000 by hand, as the case asks for: go test ./backend -run TestF6Repeats -repeats 1000000 -timeout 0
 var repeats = flag.Int("repeats", 5_000, "how often TestF6Repeats sends each message")
 
-// Every message that allocates, again and again, without the budget that would hold them up.
+// Every message that allocates or carries descriptors, again and again, without the budget that would hold them up.
 func TestF6Repeats(t *testing.T) {
 	repeats := *repeats
 	if testing.Short() {
@@ -203,7 +204,10 @@ func TestF6Repeats(t *testing.T) {
 	e.works(t)
 	extra := vhosttest.NewRegion(t, vhosttest.RegionSpec{GPA: 1 << 40, Size: 1 << 20})
 	defer extra.Close()
-	for name, f := range map[string]func() error{
+	held := e.Mem.Regions[0]
+	shifted := held.MemoryRegion // overlaps held
+	shifted.GuestAddr += 4096
+	messages := map[string]func() error{
 		"SET_MEM_TABLE": func() error { e.ShareMemory(); return nil },
 		"ADD and REM_MEM_REG": func() error {
 			return errors.Join(e.FE.AddMemReg(extra.MemoryRegion, extra.FD), e.FE.RemMemReg(extra.MemoryRegion))
@@ -228,7 +232,26 @@ func TestF6Repeats(t *testing.T) {
 			}
 			return err
 		},
+		"SET_MEM_TABLE, refused": func() error {
+			return wantRefused(e.FE.SetMemTable([]vhostuser.MemoryRegion{extra.MemoryRegion, held.MemoryRegion, shifted}, []int{extra.FD, held.FD, held.FD}))
+		},
+		"ADD_MEM_REG, refused": func() error { return wantRefused(e.FE.AddMemReg(shifted, extra.FD)) },
+		"REM_MEM_REG with a descriptor": func() error {
+			payload := append(u64(0), u64s(shifted.GuestAddr, shifted.Size, shifted.UserAddr, shifted.MmapOffset)...)
+			return e.ask(vhostuser.ReqRemMemReg, payload, extra.FD)
+		},
+		"SET_VRING_KICK of a ring that is not there": func() error { return e.ask(vhostuser.ReqSetVringKick, u64(4), e.Queues[1].Kick.FD()) },
+		"SET_VRING_CALL with a file":                 func() error { return e.ask(vhostuser.ReqSetVringCall, u64(1), extra.FD) },
+		"SET_BACKEND_REQ_FD with a file":             func() error { return e.ask(vhostuser.ReqSetBackendReqFD, nil, extra.FD) },
+	}
+	// What is not offered comes with descriptors too: some of its own, some that have no place there.
+	for _, req := range []vhostuser.Request{
+		vhostuser.ReqSetLogBase, vhostuser.ReqSetLogFD, vhostuser.ReqPostcopyAdvise, vhostuser.ReqGetInflightFD, vhostuser.ReqSetInflightFD,
+		vhostuser.ReqGPUSetSocket, vhostuser.ReqGetSharedObject, vhostuser.ReqSetDeviceStateFD, 999,
 	} {
+		messages[req.String()] = func() error { return e.ask(req, u64s(1<<20, 0), extra.FD, e.Queues[1].Kick.FD()) }
+	}
+	for name, f := range messages {
 		from := time.Now()
 		var heap runtime.MemStats
 		repeats := repeats
@@ -246,9 +269,32 @@ func TestF6Repeats(t *testing.T) {
 		}
 		t.Logf("%s: %d in %v", name, repeats, time.Since(from).Round(time.Millisecond))
 		flat(t, e, heap)
+		if n := extra.Mappings(t); n != 0 {
+			t.Errorf("%s: %d mappings of a region that is not there are left", name, n)
+		}
 		e.works(t)
 		n.goesOn(t)
 	}
+}
+
+// ask sends a request that wants an ack, and returns an error unless it is refused.
+func (e *end) ask(req vhostuser.Request, payload []byte, fds ...int) error {
+	if err := e.FE.SendRaw(append(header(req, vhostuser.FlagVersion|vhostuser.FlagNeedReply, len(payload)), payload...), fds); err != nil {
+		return err
+	}
+	m, err := e.FE.Receive()
+	if err == nil && (m.Request != req || len(m.FDs) > 0 || binary.NativeEndian.Uint64(m.Payload) == 0) {
+		err = fmt.Errorf("%v: %+v, want a refusal", req, m)
+	}
+	return err
+}
+
+// wantRefused is nil for a refusal.
+func wantRefused(err error) error {
+	if nack := (*vhostuser.NACKError)(nil); !errors.As(err, &nack) {
+		return fmt.Errorf("%v, want a refusal", err)
+	}
+	return nil
 }
 
 // flat checks that there are no more mappings than a session has, and no more heap than there was, a tenth of it for noise.
