@@ -64,7 +64,8 @@ func (e *engine) settle() error {
 	if !e.c.Direction.sends() {
 		return nil
 	}
-	for e.moved = e.look(); e.s.send.driver.Out() > 0 || e.c.Returns() && e.under() > 0; e.look() {
+	e.look()
+	for e.progress(); e.s.send.driver.Out() > 0 || e.c.Returns() && e.under() > 0; e.look() {
 		worked := e.collect()
 		if err := e.s.send.err(); err != nil {
 			return err
@@ -77,7 +78,7 @@ func (e *engine) settle() error {
 			worked = worked || n > 0 && e.c.Returns()
 		}
 		if worked {
-			e.moved = e.now
+			e.progress()
 		} else if err := e.stuck(); err != nil {
 			return err
 		}

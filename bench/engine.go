@@ -20,7 +20,8 @@ type engine struct {
 	hist  *Histogram // where latencies go: scrap outside of what is measured
 
 	gth, htg Count
-	moved    time.Duration // when a frame last went or came
+	moved    time.Duration // when a frame last went or came, later by what this thread was away since
+	idle     time.Duration // when last looked and nothing had moved, or moved
 	now      time.Duration // since begin, when last looked at
 
 	// To the host.
@@ -91,7 +92,8 @@ const looks = 16
 // run moves frames for a time, and says for how long it did.
 func (e *engine) run(d time.Duration) (ran time.Duration, err error) {
 	from := e.look()
-	e.origin, e.fired, e.moved = from, 0, from
+	e.origin, e.fired = from, 0
+	e.progress()
 	timed := e.c.Rate > 0 || e.c.Returns()
 	for i := 0; ; i++ {
 		worked, err := e.turn()
@@ -102,7 +104,7 @@ func (e *engine) run(d time.Duration) (ran time.Duration, err error) {
 			e.look()
 		}
 		if worked {
-			e.moved = e.now
+			e.progress()
 		} else if err := e.stuck(); err != nil {
 			return 0, err
 		}
@@ -112,8 +114,18 @@ func (e *engine) run(d time.Duration) (ran time.Duration, err error) {
 	}
 }
 
+// progress notes that something has moved.
+func (e *engine) progress() { e.moved, e.idle = e.now, e.now }
+
+// away is a time between two looks that says that this thread had no processor: nobody looked then whether something moves.
+const away = 5 * time.Millisecond
+
 // stuck tells whether nothing has moved for too long, and gives up frames that do not come back.
 func (e *engine) stuck() error {
+	if gap := e.now - e.idle; gap > away {
+		e.moved += gap
+	}
+	e.idle = e.now
 	quiet := e.now - e.moved
 	if e.c.Returns() && e.under() > 0 && quiet > e.c.lostAfter() {
 		e.giveUp()

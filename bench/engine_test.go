@@ -158,7 +158,11 @@ func TestEchoCounts(t *testing.T) {
 		t.Fatalf("%+v came back, %d of others, %d under way", r.htg, r.foreign, r.under())
 	}
 	r.c.Patience = 10 * vhosttest.Patience
-	r.moved, r.now = 0, 2*r.c.lostAfter()
+	r.moved, r.idle, r.now = 0, 0, 2*r.c.lostAfter()
+	if err := r.stuck(); err != nil || r.given != 0 {
+		t.Fatalf("%v, %d lost, while nobody looked", err, r.given)
+	}
+	r.moved = 0
 	if err := r.stuck(); err != nil || r.given != 2 || r.under() != 0 {
 		t.Fatalf("%v, %d lost, %d under way", err, r.given, r.under())
 	}

@@ -57,7 +57,8 @@ func TestThroughSwitch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if sent := r.GuestToHost.Frames; r.HostToGuest.Frames != sent || r.Lost > 0 || r.Foreign > 0 || r.Latency == nil || r.Latency.Count != sent {
+	sent, came := r.GuestToHost.Frames, r.HostToGuest.Frames // of some the one was before what is measured, and the other within
+	if came == 0 || max(sent, came)-min(sent, came) > uint64(closed.Window) || r.Lost > 0 || r.Foreign > 0 || r.Latency == nil {
 		t.Errorf("with 6 under way: %+v", r)
 	}
 	r, err = bench.Run(t.Context(), c)
