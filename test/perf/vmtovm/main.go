@@ -62,6 +62,7 @@ func (o options) wanted(w work) bool {
 
 type options struct {
 	pairs, seconds     int
+	window             int
 	packed, guard, any bool
 	only               string
 }
@@ -72,6 +73,7 @@ func main() {
 	flag.IntVar(&o.pairs, "pairs", 3, "turns of each")
 	flag.IntVar(&o.seconds, "seconds", 4, "good seconds wanted of each turn, of half as many again")
 	flag.BoolVar(&o.any, "any", false, "count seconds in which other work ran on the two processors")
+	flag.IntVar(&o.window, "window", 0, "`frames` under way at most, as TCP has them; 0: a flood")
 	flag.BoolVar(&o.packed, "packed", false, "packed rings")
 	flag.BoolVar(&o.guard, "guard", false, "the switch checks source addresses and DHCP")
 	flag.StringVar(&o.only, "frame", "", "only frames of this `length`: of the lengths with a bar, 9000, or 65535/9000, where testpmd has 9000")
@@ -201,6 +203,7 @@ func (o options) turn(isDPDK bool, size int) (good []bench.Second, err error) {
 	}
 	c := bench.DefaultConfig()
 	c.Path, c.To, c.Direction, c.Packed, c.Frames, c.InOrder, c.Huge, c.CPU = a, b, bench.Through, o.packed, []int{size}, true, true, guestCPU
+	c.Window = o.window
 	c.Duration = time.Duration(o.seconds) * time.Second * 3 / 2
 	r, err := bench.Run(context.Background(), c)
 	if err != nil {
