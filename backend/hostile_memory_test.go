@@ -1,6 +1,7 @@
 package backend_test
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -9,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vhostd/vhostd/guestmem"
 	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/vhostuser"
 )
@@ -26,66 +28,111 @@ func TestF8RingSize(t *testing.T) {
 	n.goesOn(t)
 }
 
-func TestF9RingAddress(t *testing.T) {
-	vhosttest.NoLeaks(t)
-	n := newNeighbour(t)
-	e := attack(t, vhosttest.Options{})
-	q := e.Transmitq(0)
-	q.Stop()
-	good := q.Addr()
-	r := e.Mem.Regions[0]
-	end := r.UserAddr + r.Size
-	size := map[string]uint64{"desc": 256 * 16, "avail": 6 + 256*2, "used": 6 + 256*8}
-	align := map[string]uint64{"desc": 16, "avail": 2, "used": 4}
-	for part, field := range map[string]func(a *vhostuser.VringAddr) *uint64{
-		"desc":  func(a *vhostuser.VringAddr) *uint64 { return &a.Desc },
-		"avail": func(a *vhostuser.VringAddr) *uint64 { return &a.Avail },
-		"used":  func(a *vhostuser.VringAddr) *uint64 { return &a.Used },
-	} {
-		last := (end - size[part]) &^ (align[part] - 1)
-		bad := map[string]uint64{
-			"unaligned": *field(&good) + align[part]/2, "past the end": last + align[part], "beyond": end, "before": r.UserAddr - align[part],
-			"nowhere": 0, "wrapping": math.MaxUint64 &^ 15, "almost wrapping": math.MaxUint64&^15 - size[part]&^15 + 16,
-		}
-		for name, at := range bad {
-			a := good
-			*field(&a) = at
-			refused(t, e, part+" "+name, e.FE.SetVringAddr(a))
-		}
-		a := good
-		*field(&a) = last // the last place that is good
-		if err := e.FE.SetVringAddr(a); err != nil {
-			t.Errorf("%s at the end of a region: %v", part, err)
+// ringParts are the parts of a ring of 256 descriptors, as SET_VRING_ADDR names them.
+func ringParts(packed bool) map[string]ringPart {
+	desc := func(a *vhostuser.VringAddr) *uint64 { return &a.Desc }
+	avail := func(a *vhostuser.VringAddr) *uint64 { return &a.Avail }
+	used := func(a *vhostuser.VringAddr) *uint64 { return &a.Used }
+	if packed {
+		return map[string]ringPart{
+			"descriptor ring": {desc, 256 * 16, 16}, "driver event suppression": {avail, 4, 4}, "device event suppression": {used, 4, 4},
 		}
 	}
-	reserved := good
-	reserved.Flags = 2
-	refused(t, e, "reserved flags", e.FE.SetVringAddr(reserved))
-	q.Start()
-	e.works(t)
-	n.goesOn(t)
+	return map[string]ringPart{
+		"descriptor table": {desc, 256 * 16, 16}, "available ring": {avail, 6 + 256*2, 2}, "used ring": {used, 6 + 256*8, 4},
+	}
+}
+
+type ringPart struct {
+	field       func(a *vhostuser.VringAddr) *uint64
+	size, align uint64 // bytes
+}
+
+// at is a with the part at another address.
+func (p ringPart) at(a vhostuser.VringAddr, user uint64) vhostuser.VringAddr {
+	*p.field(&a) = user
+	return a
+}
+
+// splitAndPacked runs a test for both forms of rings, on a guest whose transmitq is stopped, with a region r whose end is aligned for an available ring and for
+// no other part: so that each can lie across it, event suppression too.
+func splitAndPacked(t *testing.T, f func(t *testing.T, e *end, r *vhosttest.Region, parts map[string]ringPart)) {
+	for form, packed := range map[string]bool{"split": false, "packed": true} {
+		t.Run(form, func(t *testing.T) {
+			vhosttest.NoLeaks(t)
+			n := newNeighbour(t)
+			e := attack(t, vhosttest.Options{Packed: packed})
+			e.Transmitq(0).Stop()
+			r := vhosttest.NewRegion(t, vhosttest.RegionSpec{GPA: 1 << 40, Size: 1<<20 - 2})
+			defer r.Close()
+			if err := e.FE.AddMemReg(r.MemoryRegion, r.FD); err != nil {
+				t.Fatal(err)
+			}
+			f(t, e, r, ringParts(packed))
+			e.Transmitq(0).Start()
+			e.works(t)
+			n.goesOn(t)
+		})
+	}
+}
+
+func TestF9RingAddress(t *testing.T) {
+	splitAndPacked(t, func(t *testing.T, e *end, r *vhosttest.Region, parts map[string]ringPart) {
+		good := e.Transmitq(0).Addr()
+		end := r.UserAddr + r.Size
+		for part, p := range parts {
+			last := (end - p.size) &^ (p.align - 1)
+			for name, at := range map[string]uint64{
+				"unaligned": *p.field(&good) + p.align/2, "past the end": last + p.align, "all past the end but its start": (end - 1) &^ (p.align - 1),
+				"beyond": (end + p.align) &^ (p.align - 1), "before": r.UserAddr - p.align,
+				"nowhere": 0, "wrapping": math.MaxUint64 &^ 15, "almost wrapping": math.MaxUint64&^15 - p.size&^15 + 16,
+			} {
+				refused(t, e, part+" "+name, e.FE.SetVringAddr(p.at(good, at)))
+			}
+			if err := e.FE.SetVringAddr(p.at(good, last)); err != nil { // the last place that is good
+				t.Errorf("%s at the end of a region: %v", part, err)
+			}
+		}
+		reserved := good
+		reserved.Flags = 2
+		refused(t, e, "reserved flags", e.FE.SetVringAddr(reserved))
+	})
 }
 
 // A ring across two regions that touch in both address spaces is still two mappings here.
 func TestF9RingAcrossRegions(t *testing.T) {
-	vhosttest.NoLeaks(t)
-	n := newNeighbour(t)
-	e := attack(t, vhosttest.Options{})
-	q := e.Transmitq(0)
-	q.Stop()
-	low := e.Mem.Regions[0]
-	r := vhosttest.NewRegion(t, vhosttest.RegionSpec{GPA: 2 << 20, Size: 1 << 20})
-	defer r.Close()
-	r.UserAddr = low.UserAddr + low.Size
-	if err := e.FE.AddMemReg(r.MemoryRegion, r.FD); err != nil {
-		t.Fatal(err)
-	}
-	a := q.Addr()
-	a.Desc = r.UserAddr - 256
-	refused(t, e, "a descriptor table across regions", e.FE.SetVringAddr(a))
-	q.Start()
-	e.works(t)
-	n.goesOn(t)
+	splitAndPacked(t, func(t *testing.T, e *end, low *vhosttest.Region, parts map[string]ringPart) {
+		high := vhosttest.NewRegion(t, vhosttest.RegionSpec{GPA: guestmem.GPA(low.GuestAddr + low.Size), Size: 1 << 20})
+		defer high.Close()
+		high.UserAddr = low.UserAddr + low.Size
+		if err := e.FE.AddMemReg(high.MemoryRegion, high.FD); err != nil {
+			t.Fatal(err)
+		}
+		good := e.Transmitq(0).Addr()
+		for part, p := range parts {
+			first, last := (high.UserAddr-p.size)&^(p.align-1)+p.align, (high.UserAddr-1)&^(p.align-1)
+			for _, at := range []uint64{first, first + (last-first)/2&^(p.align-1), last} {
+				refused(t, e, fmt.Sprintf("%s across regions, %d of %d bytes in the first", part, high.UserAddr-at, p.size), e.FE.SetVringAddr(p.at(good, at)))
+			}
+		}
+	})
+}
+
+// A ring that was told its place while it was short enough, and grows out of the region then, does not start.
+func TestF9RingGrowsAcrossRegions(t *testing.T) {
+	splitAndPacked(t, func(t *testing.T, e *end, r *vhosttest.Region, parts map[string]ringPart) {
+		q := e.Transmitq(0)
+		for part, p := range parts {
+			if p.size == 4 { // whatever the ring's size is
+				continue
+			}
+			at := (r.UserAddr + r.Size - p.size/2) &^ (p.align - 1)
+			if err := errors.Join(e.FE.SetVringNum(1, 2), e.FE.SetVringAddr(p.at(q.Addr(), at)), e.FE.SetVringNum(1, 256)); err != nil {
+				t.Fatal(err)
+			}
+			refused(t, e, "the start of a ring with a "+part+" across regions", e.FE.SetVringKick(1, q.Kick.FD()))
+		}
+	})
 }
 
 func TestF10Regions(t *testing.T) {
