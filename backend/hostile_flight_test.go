@@ -2,6 +2,8 @@ package backend_test
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
 	"testing"
 	"time"
 
@@ -23,53 +25,79 @@ func holdingBeside(t *testing.T, o vhosttest.Options) (*end, *neighbour) {
 	return start(t, d, o, func(o *backend.Options) { o.DrainTimeout = 20 * time.Millisecond }), n
 }
 
-// Guest memory is taken away, in each way that a front-end has, while a device holds frames in it: what the device reads is still what was sent, and the
-// memory goes with the last frame.
+// takings are the ways that a front-end has to take all of the guest's memory away. Where they are refused, the rings have lost it all the same.
+var takings = map[string]func(t *testing.T, e *end){
+	"SET_MEM_TABLE": func(t *testing.T, e *end) {
+		other := vhosttest.NewRegion(t, vhosttest.RegionSpec{GPA: 1 << 45, Size: 1 << 20})
+		t.Cleanup(other.Close)
+		refused(t, e, "SET_MEM_TABLE", e.FE.SetMemTable([]vhostuser.MemoryRegion{other.MemoryRegion}, []int{other.FD}))
+	},
+	"REM_MEM_REG": func(t *testing.T, e *end) {
+		first, second := e.FE.RemMemReg(e.Mem.Regions[0].MemoryRegion), e.FE.RemMemReg(e.Mem.Regions[1].MemoryRegion)
+		refused(t, e, "REM_MEM_REG", errors.Join(first, second)) // one by one: a ring may have been in either
+	},
+	"disconnect": func(t *testing.T, e *end) {
+		e.Hangup()
+		vhosttest.Eventually(t, "the session's end", func() bool { return !e.be.Stats().Connected })
+	},
+}
+
+// mapped checks how often the back-end maps each region of the guest.
+func (e *end) mapped(t *testing.T, when string, want int) {
+	t.Helper()
+	for i, r := range e.Mem.Regions {
+		if n := r.Mappings(t); n != want {
+			t.Errorf("region %d: %d mappings %s, want %d", i, n, when, want)
+		}
+	}
+}
+
+// Guest memory is taken away while a device holds frames in it: what the device reads is still what was sent, and the memory goes with the last frame, not
+// with the front-end.
 func TestF16MemoryTakenInFlight(t *testing.T) {
-	for name, take := range map[string]func(t *testing.T, e *end) error{
-		"SET_MEM_TABLE": func(t *testing.T, e *end) error {
-			other := vhosttest.NewRegion(t, vhosttest.RegionSpec{GPA: 1 << 45, Size: 1 << 20})
-			t.Cleanup(other.Close)
-			return e.FE.SetMemTable([]vhostuser.MemoryRegion{other.MemoryRegion}, []int{other.FD})
-		},
-		"REM_MEM_REG": func(_ *testing.T, e *end) error {
-			err := e.FE.RemMemReg(e.Mem.Regions[0].MemoryRegion)
-			if err2 := e.FE.RemMemReg(e.Mem.Regions[1].MemoryRegion); err == nil {
-				err = err2
-			}
-			return err
-		},
-		"disconnect": func(_ *testing.T, e *end) error { e.Hangup(); return nil },
-	} {
+	for name, take := range takings {
 		t.Run(name, func(t *testing.T) {
 			e, n := holdingBeside(t, vhosttest.Options{})
 			w := e.dev.wires[0]
 			e.sendHeld(t, 20)
-			_ = take(t, e) // refused or not: the rings have lost their memory
-			vhosttest.Eventually(t, "the rings' end", func() bool {
-				for _, q := range e.be.Stats().Queues {
-					if q.Started {
-						return false
-					}
+			take(t, e)
+			for _, q := range e.be.Stats().Queues {
+				if q.Started {
+					t.Errorf("queue %d runs", q.Index)
 				}
-				return true
-			})
+			}
 			n.goesOn(t)
 			for i := range 20 {
+				e.mapped(t, fmt.Sprintf("with %d frames in flight", 20-i), 1)
 				b := w.letGo(0)
 				if err := check(copyOf(b).data, i); err != nil {
 					t.Errorf("in flight: %v", err)
 				}
 				b.Release(zerocopy.ZeroCopied)
 			}
-			e.Hangup()
-			for _, r := range e.Mem.Regions {
-				vhosttest.Eventually(t, "the end of the mapping", func() bool { return r.Mappings(t) == 0 })
-			}
+			e.mapped(t, "after the last frame", 0)
 			w.set(false, false)
 			w.got()
 			next := &end{dev: e.dev, be: e.be, Guest: e.Successor(vhosttest.Options{})}
 			next.works(t)
+			n.goesOn(t)
+		})
+	}
+}
+
+// With nothing in flight, memory that is taken away has gone by the time of the answer.
+func TestF16MemoryGoesWithTheAnswer(t *testing.T) {
+	for name, take := range takings {
+		t.Run(name, func(t *testing.T) {
+			vhosttest.NoLeaks(t)
+			n := newNeighbour(t)
+			e := attack(t, vhosttest.Options{})
+			e.mapped(t, "at first", 1)
+			take(t, e)
+			e.mapped(t, "after the answer", 0)
+			e.Reconnect()
+			e.works(t)
+			e.mapped(t, "of the next session", 1)
 			n.goesOn(t)
 		})
 	}
