@@ -2,11 +2,8 @@ package backend_test
 
 import (
 	"encoding/binary"
-	"errors"
-	"io"
 	"math"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"testing"
 	"time"
@@ -212,23 +209,42 @@ func TestF21Enable(t *testing.T) {
 	n.goesOn(t)
 }
 
-// Connections that end at any point of a message cost nothing.
+// Connections that end at any point of a message cost nothing: each is a session, which takes all that it had with it, and the next is served.
 func TestF24ConnectionStorm(t *testing.T) {
 	vhosttest.NoLeaks(t)
 	n := newNeighbour(t)
 	e := attack(t, vhosttest.Options{})
 	whole := append(header(vhostuser.ReqSetVringNum, vhostuser.FlagVersion, 8), u32s(0, 256)...)
-	for i := range 500 {
+	const storm = 500
+	var first [3]int
+	before := e.be.Stats()
+	for i := range storm {
 		e.Hangup()
 		e.Dial()
-		if err := e.FE.SendRaw(whole[:i%len(whole)], nil); err != nil && i%len(whole) > 0 && !errors.Is(err, io.ErrClosedPipe) {
-			t.Fatal(err)
+		if cut := i % len(whole); cut > 0 {
+			if err := e.FE.SendRaw(whole[:cut], nil); err != nil {
+				t.Fatal(err)
+			}
+			continue
 		}
+		e.Barrier()
+		if i == 0 {
+			first = resources(t)
+		}
+		vhosttest.Eventually(t, "no more descriptors, mappings and goroutines than the first session had", func() bool { return !grown(first, resources(t)) })
+		if got := e.be.Stats().Sessions - before.Sessions; got != uint64(i+1) {
+			t.Fatalf("%d sessions of %d connections", got, i+1)
+		}
+		n.goesOn(t)
 	}
-	n.goesOn(t)
 	e.Reconnect()
 	e.works(t)
-	if n := runtime.NumGoroutine(); n > 60 {
-		t.Errorf("%d goroutines", n)
+	after := e.be.Stats()
+	if got := after.Sessions - before.Sessions; got != storm+1 {
+		t.Errorf("%d sessions of %d connections", got, storm+1)
 	}
+	if got, want := after.FrontEndErrors-before.FrontEndErrors, uint64(storm-storm/len(whole)); got != want {
+		t.Errorf("%d front-end errors, %d connections ended within a message", got, want)
+	}
+	n.goesOn(t)
 }
