@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/backend"
+	"github.com/vhostd/vhostd/test/vm/netlab"
 	"github.com/vhostd/vhostd/zerocopy"
 )
 
@@ -85,14 +86,12 @@ type rig struct {
 	hear    *bufio.Scanner
 }
 
-// child starts a process on a processor, which ends with this one.
+// child is a process to be, on a processor.
 func child(cpu int, name string, args ...string) *exec.Cmd {
-	cmd := exec.Command("taskset", append([]string{"-c", strconv.Itoa(cpu), name}, args...)...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	return cmd
+	return exec.Command("taskset", append([]string{"-c", strconv.Itoa(cpu), name}, args...)...)
 }
 
-// start starts vhostd, and a guest that has walked its memory once.
+// start starts vhostd, and a guest that has walked its memory once. Both are killed when this process ends.
 func start(c *config, l *lab, m mode, size int) (r *rig, err error) {
 	r = &rig{c: c, lab: l, mode: m}
 	defer func() {
@@ -112,7 +111,7 @@ func start(c *config, l *lab, m mode, size int) (r *rig, err error) {
 	}
 	r.back = child(c.backCPU, "ip", "netns", "exec", l.here, binary, "run", "--socket-path", r.dir+"/s", "--net", l.net(c.tunnel, m))
 	r.back.Stdout, r.back.Stderr = &r.backLog, &r.backLog
-	if err := r.back.Start(); err != nil {
+	if err := netlab.Host.Start(r.back); err != nil {
 		return r, err
 	}
 	for tries := 0; ; tries++ {
@@ -153,7 +152,7 @@ func (r *rig) startGuest(size int) error {
 		return err
 	}
 	r.hear = bufio.NewScanner(out)
-	if err := r.guest.Start(); err != nil {
+	if err := netlab.Host.Start(r.guest); err != nil {
 		return err
 	}
 	if !r.hear.Scan() || r.hear.Text() != "ready" {

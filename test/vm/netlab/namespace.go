@@ -14,6 +14,7 @@ import (
 	"net"
 	"os/exec"
 	"runtime"
+	"sync"
 	"syscall"
 	"time"
 
@@ -88,8 +89,23 @@ func (n *Namespace) Start(cmd *exec.Cmd) error {
 	}
 	// The signal comes when the thread that forked ends: that of a Namespace lives until Close.
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	if n.jobs == nil {
+		n = hostThread()
+	}
 	return n.Do(cmd.Start)
 }
+
+// hostThread is a thread in Host that never ends. Others may: those that were a Namespace's, or were locked to a goroutine elsewhere.
+var hostThread = sync.OnceValue(func() *Namespace {
+	n := &Namespace{jobs: make(chan func())}
+	go func() {
+		runtime.LockOSThread()
+		for job := range n.jobs {
+			job()
+		}
+	}()
+	return n
+})
 
 // Link says how an interface is to be.
 type Link struct {
