@@ -197,4 +197,18 @@ func TestHostileDatagrams(t *testing.T) {
 		st := d.Stats()
 		return st.Malformed == 5*rounds && st.OtherVNI == rounds && d.Queue(0).Counters().RecvDropped == 6*rounds
 	})
+	// As many as fill several of the worker's batches, and the good one behind them: it does not wait for another datagram.
+	for bad := 31; bad < 130; bad += 8 {
+		g.Receiveq(0).Enable(false)
+		for range bad {
+			_, err := c.Write([]byte{8})
+			must(t, err)
+		}
+		_, err := c.Write(append(good[:8:8], frame...))
+		must(t, err)
+		g.Receiveq(0).Enable(true)
+		if _, got, err := g.Recv(0, patience); err != nil || string(got) != string(frame) {
+			t.Fatalf("behind %d: received %x, %v", bad, got, err)
+		}
+	}
 }

@@ -14,8 +14,9 @@ import (
 )
 
 const (
-	recvBatch = 32
-	recvSize  = 1 << 16 // bytes: no datagram is longer
+	recvBatch  = 32
+	maxBatches = 2       // of datagrams that one call of Recv takes
+	recvSize   = 1 << 16 // bytes: no datagram is longer
 )
 
 // receiver takes datagrams from outside. It belongs to the receiveq's worker, but for the counters.
@@ -38,8 +39,8 @@ type receiver struct {
 func (q *queue) Recv(p *zerocopy.Posted, limit int) (n int, idle bool, err error) {
 	r := &q.recv
 	// Datagrams that carry no frame do not count for the caller, who takes n = 0 for the end of something: they are bounded by batches,
-	// after which the descriptor, still readable, brings the caller back.
-	for range 2 {
+	// after which nothing waits here, and the descriptor, if there is more, brings the caller back.
+	for batch := 0; ; batch++ {
 		for r.next < r.count {
 			if n == limit {
 				return n, false, nil
@@ -60,6 +61,9 @@ func (q *queue) Recv(p *zerocopy.Posted, limit int) (n int, idle bool, err error
 		if n == limit {
 			return n, false, nil
 		}
+		if batch == maxBatches {
+			return n, n == 0, nil
+		}
 		r.next, r.count = 0, 0
 		count, errno := r.inbox.Recv(r.fd)
 		if errno != 0 {
@@ -70,7 +74,6 @@ func (q *queue) Recv(p *zerocopy.Posted, limit int) (n int, idle bool, err error
 		}
 		r.count = count
 	}
-	return n, n == 0, nil
 }
 
 // open finds the frame in a datagram, and learns from it; nil when there is none.
