@@ -227,7 +227,7 @@ func (q *queue) validate(bufs []*zerocopy.Buffer) []*zerocopy.Buffer {
 	keep := bufs[:0]
 	for _, b := range bufs {
 		if first, last := b.HeaderWords(); virtio.NetHdrAsks(first) {
-			if err := virtio.NetHdrOf(first, last).Validate(b.Len(), q.feat); err != nil {
+			if err := virtio.ValidateNetHdr(first, last, b.Len(), q.feat); err != nil {
 				q.live.invalid++
 				b.Release(zerocopy.Dropped)
 				continue

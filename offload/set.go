@@ -46,6 +46,11 @@ func (s Set) Takes(h virtio.NetHdr) bool {
 	return h.Flags|h.GSOType == 0 || s.takes(h.GSOType)
 }
 
+// TakesWords is Takes for a header of which first is the first of its Words.
+func (s Set) TakesWords(first uint64) bool {
+	return !virtio.NetHdrAsks(first) || s.takes(uint8(first>>8))
+}
+
 // takes is Takes for a header that asks for something: for that much, partial checksums are the least.
 func (s Set) takes(gsoType uint8) bool {
 	need := Csum

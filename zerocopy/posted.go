@@ -127,6 +127,9 @@ func (p *Posted) refuse(head uint16) {
 // Write copies a frame into the guest's buffers. frags are the frame without virtio-net header, in any number of pieces; hdr describes it,
 // NumBuffers is filled in here. What the guest's driver does not accept of checksum offload and segmentation is done here, in software.
 func (p *Posted) Write(hdr virtio.NetHdr, frags [][]byte) WriteResult {
+	if hdr.Flags|hdr.GSOType == 0 {
+		return p.WriteWords(0, 0, frags)
+	}
 	first, last := hdr.Words()
 	return p.WriteWords(first, last, frags)
 }
@@ -141,8 +144,8 @@ func (p *Posted) WriteWords(first uint64, last uint32, frags [][]byte) WriteResu
 	}
 	if !virtio.NetHdrAsks(first) {
 		first, last = 0, 0 // no other field means anything (virtio-v1.2 §5.1.6)
-	} else if hdr := virtio.NetHdrOf(first, last); !p.accept.Takes(hdr) {
-		return p.lower(hdr, frags, p.accept)
+	} else if !p.accept.TakesWords(first) {
+		return p.lower(virtio.NetHdrOf(first, last), frags, p.accept)
 	}
 	if len(frags) == 1 {
 		if last &^= numBuffers; p.writeNext(first, last, frags[0]) || p.mergeNext(first, last, frags[0]) {

@@ -20,7 +20,7 @@ func (p *Posted) WriteNext(first uint64, last uint32, frame []byte) bool {
 		return false
 	case !virtio.NetHdrAsks(first):
 		first, last = 0, 0
-	case !p.accept.Takes(virtio.NetHdrOf(first, last)):
+	case !p.accept.TakesWords(first):
 		return false
 	}
 	last &^= numBuffers

@@ -41,7 +41,8 @@ func ParseFuzz(c PortConfig, head []byte, length int, needsCsum bool, start, off
 	}
 	f := frame{head: head, length: length}
 	if needsCsum {
-		f.first, f.last = virtio.NetHdr{Flags: virtio.NetHdrNeedsCsum, CsumStart: start, CsumOffset: offset}.Words()
+		hdr := virtio.NetHdr{Flags: virtio.NetHdrNeedsCsum, CsumStart: start, CsumOffset: offset}
+		f.first, f.last = hdr.Words()
 	}
 	var first [plainHead]byte
 	copy(first[:], head)

@@ -119,7 +119,11 @@ func (q *queue) Recv(p *zerocopy.Posted, max int) (n int, idle bool, err error) 
 		if q.left == 0 {
 			return n, true, nil
 		}
-		if r := p.Write(virtio.NetHdr{}, q.frame); r != zerocopy.Written {
+		if p.WriteNext(0, 0, q.frame[0]) {
+			q.left--
+			continue
+		}
+		if r := p.WriteWords(0, 0, q.frame); r != zerocopy.Written {
 			if r == zerocopy.TooBig {
 				q.dropped.Add(1)
 			}

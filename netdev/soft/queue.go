@@ -49,17 +49,23 @@ func (q *queue) Send(bufs []*zerocopy.Buffer) (n int) {
 // whole is the number of frames at the start of bufs that the inner device takes as they are.
 func (q *queue) whole(bufs []*zerocopy.Buffer) int {
 	for i, b := range bufs {
-		if !q.takes.Takes(b.Header()) {
+		if !q.takesIt(b) {
 			return i
 		}
 	}
 	return len(bufs)
 }
 
+// takesIt tells whether the inner device takes a frame as it is.
+func (q *queue) takesIt(b *zerocopy.Buffer) bool {
+	first, _ := b.HeaderWords()
+	return q.takes.TakesWords(first)
+}
+
 // begin makes children of frames that the inner device does not take, until there is a batch of them, and returns how many frames it took.
 func (q *queue) begin(bufs []*zerocopy.Buffer) int {
 	for i, b := range bufs {
-		if q.parent != nil || len(q.waiting) == batchSize || q.takes.Takes(b.Header()) {
+		if q.parent != nil || len(q.waiting) == batchSize || q.takesIt(b) {
 			return i
 		}
 		if err := q.seg.Start(b.Header(), b.Frags(), q.takes); err != nil {

@@ -9,7 +9,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/internal/sys"
-	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
 )
 
@@ -48,7 +47,7 @@ func (q *queue) Recv(p *zerocopy.Posted, limit int) (n int, idle bool, err error
 			frame := r.open(r.next)
 			if frame != nil {
 				r.frags[0] = frame
-				res := p.Write(virtio.NetHdr{}, r.frags[:])
+				res := p.WriteWords(0, 0, r.frags[:])
 				if res == zerocopy.NoRoom {
 					return n, false, nil
 				}

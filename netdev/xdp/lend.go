@@ -1,7 +1,6 @@
 package xdp
 
 import (
-	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
 )
 
@@ -72,7 +71,7 @@ func (b *binding) give(p *zerocopy.Posted, frame []byte, alone bool) zerocopy.Wr
 	case !alone:
 		res = zerocopy.TooBig
 	default:
-		res = p.Write(virtio.NetHdr{}, r.frags)
+		res = p.WriteWords(0, 0, r.frags)
 	}
 	if res == zerocopy.NoRoom {
 		return res

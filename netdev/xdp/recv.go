@@ -4,7 +4,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/internal/sys/xsk"
-	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
 )
 
@@ -72,7 +71,7 @@ func (b *binding) take(p *zerocopy.Posted, limit int) (n int, idle bool) {
 			break
 		}
 		if len(b.recv.frags) > 0 {
-			r := p.Write(virtio.NetHdr{}, b.recv.frags)
+			r := p.WriteWords(0, 0, b.recv.frags)
 			if r == zerocopy.NoRoom {
 				break
 			}
