@@ -1,6 +1,7 @@
 package offload
 
 import (
+	"math"
 	"testing"
 
 	"github.com/vhostd/vhostd/virtio"
@@ -63,6 +64,14 @@ func TestSetTakes(t *testing.T) {
 	for _, gso := range []uint8{2, 6, 0x7f, virtio.GSOECN} {
 		if All.Takes(needs(gso)) {
 			t.Errorf("gso_type %#x is taken", gso)
+		}
+	}
+	for set := range All {
+		for asks := range uint16(math.MaxUint16) {
+			h := virtio.NetHdr{Flags: uint8(asks), GSOType: uint8(asks >> 8), HdrLen: 9}
+			if first, _ := h.Words(); set.Takes(h) != set.TakesWords(first) {
+				t.Fatalf("%b: %v and %v of one header, %+v", set, set.Takes(h), set.TakesWords(first), h)
+			}
 		}
 	}
 }

@@ -114,12 +114,6 @@ func (h NetHdr) EncodeInto(segs [][]byte, n int) {
 // GSO is the segmentation type without the ECN flag.
 func (h NetHdr) GSO() uint8 { return h.GSOType &^ GSOECN }
 
-// Validate is ValidateNetHdr.
-func (h NetHdr) Validate(frameLen int, f Features) error {
-	first, last := h.Words()
-	return ValidateNetHdr(first, last, frameLen, f)
-}
-
 // ValidateNetHdr checks a header, given as Words, that came from a driver against a frame of frameLen bytes, and the features it negotiated:
 // whatever passes can be handed to a device or to the segmentation code without further checks on these fields
 // (virtio-v1.2 §5.1.6.2.2).
