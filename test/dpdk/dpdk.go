@@ -11,13 +11,14 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
-	"runtime"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/vhostd/vhostd/test/vm/netlab"
 )
 
 // Process is a program that runs, with what it has printed.
@@ -63,24 +64,18 @@ func Start(cpu int, name string, args ...string) (*Process, error) {
 	}
 	p := &Process{cmd: exec.Command(program, args...), done: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = p, p
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var err error
 	if p.stdin, err = p.cmd.StdinPipe(); err != nil {
 		return nil, err
 	}
-	started := make(chan error)
+	if err := netlab.Host.Start(p.cmd); err != nil { // which has it killed when this process ends
+		return nil, err
+	}
 	go func() {
-		// It is the end of the thread that started a process which Pdeathsig looks at. Threads end here when a goroutine does that was locked to one.
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		err := p.cmd.Start()
-		started <- err
-		if err == nil {
-			_ = p.cmd.Wait()
-		}
+		_ = p.cmd.Wait()
 		close(p.done)
 	}()
-	return p, <-started
+	return p, nil
 }
 
 // Ended reports whether the process has ended.

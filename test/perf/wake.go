@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"runtime"
-	"slices"
 	"sync/atomic"
 	"time"
 
@@ -59,12 +58,13 @@ func (o options) wakeAlone(gap time.Duration) (all []sample, err error) {
 		<-ready
 		done <- err
 	}()
-	return all, <-done
+	err = <-done // before all is read
+	return all, err
 }
 
 // wakeUps is the median of wakes wake-ups, gap apart.
 func wakeUps(fd *sys.EventFD, woken *atomic.Bool, gap time.Duration) float64 {
-	var took []time.Duration
+	var took []float64
 	for range wakes {
 		for from := time.Now(); time.Since(from) < gap; {
 		}
@@ -73,8 +73,7 @@ func wakeUps(fd *sys.EventFD, woken *atomic.Bool, gap time.Duration) float64 {
 		fd.Signal()
 		for !woken.Load() {
 		}
-		took = append(took, time.Since(from))
+		took = append(took, float64(time.Since(from)))
 	}
-	slices.Sort(took)
-	return float64(took[len(took)/2])
+	return placement.Median(took)
 }
