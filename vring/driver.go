@@ -3,7 +3,6 @@ package vring
 import (
 	"errors"
 	"fmt"
-	"sync/atomic"
 
 	"github.com/vhostd/vhostd/guestmem"
 	"github.com/vhostd/vhostd/internal/shm"
@@ -124,7 +123,7 @@ func (d *Driver) initMemory() {
 	clear(d.desc)
 	clear(d.heads)
 	clear(d.used)
-	atomic.StoreUint32(d.usedWord, uint32(d.reaped)<<16)
+	shm.StoreFence32(d.usedWord, uint32(d.reaped)<<16)
 	shm.StoreFence16(d.availEvent, d.reaped)
 	shm.StoreFence16(d.eventField, d.reaped)
 	d.storeWord()
@@ -132,7 +131,7 @@ func (d *Driver) initMemory() {
 
 // storeWord stores avail.flags and avail.idx, with the effect of a fence.
 func (d *Driver) storeWord() {
-	atomic.StoreUint32(d.availWord, uint32(d.published)<<16|uint32(d.flags))
+	shm.StoreFence32(d.availWord, uint32(d.published)<<16|uint32(d.flags))
 }
 
 // need is how many descriptors of the ring a chain of n buffers takes, and whether it goes into an indirect table.

@@ -1,8 +1,6 @@
 package vring
 
 import (
-	"sync/atomic"
-
 	"github.com/vhostd/vhostd/internal/shm"
 	"github.com/vhostd/vhostd/virtio"
 )
@@ -29,7 +27,7 @@ func (d *Driver) RawTable(id uint16) []virtio.Desc {
 
 // RawSetAvailIndex stores avail.idx. The next Publish overwrites it.
 func (d *Driver) RawSetAvailIndex(idx uint16) {
-	atomic.StoreUint32(d.availWord, uint32(idx)<<16|uint32(d.flags))
+	shm.StoreFence32(d.availWord, uint32(idx)<<16|uint32(d.flags))
 }
 
 // RawUsedIndex is used.idx as it stands in memory. Of a packed ring it is the place, as in Config.UsedBase, behind the last used descriptor.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"sync/atomic"
 
+	"github.com/vhostd/vhostd/internal/shm"
 	"github.com/vhostd/vhostd/virtio"
 )
 
@@ -31,7 +32,7 @@ func (d *Driver) openPacked(cfg DriverConfig) error {
 		return fmt.Errorf("base at descriptor %d, queue size %d", at.slot, cfg.Size)
 	}
 	clear(parts.ring) // neither available nor used, whatever the wrap counter
-	atomic.StoreUint32(parts.deviceEvent, eventOf(at, false))
+	shm.StoreFence32(parts.deviceEvent, eventOf(at, false))
 	d.packed = &packedDriver{packedParts: parts, size: uint32(cfg.Size), next: at, batch: at, used: at}
 	d.next, d.published, d.reaped = 0, 0, 0
 	d.storeEvent(eventOf(at, d.eventIdx))
@@ -101,7 +102,7 @@ func (d *Driver) publishPacked() {
 	if p.descs == 0 {
 		return
 	}
-	atomic.StoreUint64(&p.ring[p.batch.slot].word, p.first)
+	shm.StoreFence64(&p.ring[p.batch.slot].word, p.first)
 	d.published = d.next
 	d.owed += p.descs
 	p.batch, p.descs = p.next, 0
@@ -181,7 +182,7 @@ func (d *Driver) disableCallPacked() {
 // storeEvent stores the driver's event suppression structure, with the effect of a fence.
 func (d *Driver) storeEvent(event uint32) {
 	d.packed.event = event
-	atomic.StoreUint32(d.packed.driverEvent, event)
+	shm.StoreFence32(d.packed.driverEvent, event)
 }
 
 // usedIndexPacked goes through the used descriptors to where the device will write the next one.

@@ -3,6 +3,7 @@ package vring
 import (
 	"sync/atomic"
 
+	"github.com/vhostd/vhostd/internal/shm"
 	"github.com/vhostd/vhostd/virtio"
 )
 
@@ -30,7 +31,7 @@ func (d *Device) publishPacked() {
 		}
 		at.advance(uint32(n), p.size)
 	}
-	atomic.StoreUint64(&ring[p.used.slot].word, first)
+	shm.StoreFence64(&ring[p.used.slot].word, first)
 	if d.logUsed {
 		d.logPacked()
 	}
@@ -93,7 +94,7 @@ func (d *Device) disableKickPacked() {
 // storeEvent stores the device's event suppression structure, with the effect of a fence.
 func (d *Device) storeEvent(event uint32) {
 	d.packed.event = event
-	atomic.StoreUint32(d.packed.deviceEvent, event)
+	shm.StoreFence32(d.packed.deviceEvent, event)
 	if d.logUsed {
 		d.view.Dirty(d.logAddr, virtio.EventLen)
 	}

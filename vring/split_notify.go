@@ -1,8 +1,6 @@
 package vring
 
 import (
-	"sync/atomic"
-
 	"github.com/vhostd/vhostd/guestmem"
 	"github.com/vhostd/vhostd/internal/shm"
 	"github.com/vhostd/vhostd/virtio"
@@ -53,7 +51,7 @@ func (d *Device) Publish() {
 
 // storeWord stores used.flags and used.idx, with the effect of a fence. Only the field at off has changed.
 func (d *Device) storeWord(off int) {
-	atomic.StoreUint32(d.usedWord, uint32(d.published)<<16|uint32(d.usedFlags))
+	shm.StoreFence32(d.usedWord, uint32(d.published)<<16|uint32(d.usedFlags))
 	if d.logUsed {
 		d.view.Dirty(d.logAddr+guestmem.GPA(off), 2)
 	}

@@ -40,7 +40,7 @@ func (p *Producer[T]) Add(v T) {
 }
 
 // Publish lets the kernel see what was added.
-func (p *Producer[T]) Publish() { atomic.StoreUint32(p.producer, p.next) }
+func (p *Producer[T]) Publish() { shm.StoreFence32(p.producer, p.next) }
 
 // Waiting is the number of entries that the kernel has not taken.
 func (p *Producer[T]) Waiting() int { return int(p.next - atomic.LoadUint32(p.consumer)) }
@@ -80,7 +80,7 @@ func (c *Consumer[T]) At(i int) T { return c.entries[(c.next+uint32(i))&c.mask] 
 // Release gives the first n entries back to the kernel.
 func (c *Consumer[T]) Release(n int) {
 	c.next += uint32(n)
-	atomic.StoreUint32(c.consumer, c.next)
+	shm.StoreFence32(c.consumer, c.next)
 }
 
 // mapRing maps a ring of n entries of type T, and sets r to it.
