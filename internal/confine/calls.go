@@ -78,9 +78,6 @@ var groups = []group{
 			unix.TUNSETIFF, unix.TUNSETPERSIST, unix.TUNSETVNETHDRSZ, unix.TUNSETVNETLE, unix.TUNSETSNDBUF, unix.TUNSETOWNER, unix.TUNSETGROUP,
 			unix.SIOCSIFMTU, unix.SIOCETHTOOL, unix.SIOCSIFFLAGS,
 		}},
-		{name: "bpf", arg: 0, values: []uint32{
-			unix.BPF_MAP_CREATE, unix.BPF_PROG_LOAD, unix.BPF_LINK_CREATE, unix.BPF_BTF_LOAD, unix.BPF_OBJ_GET_INFO_BY_FD,
-		}},
 	}},
 }
 

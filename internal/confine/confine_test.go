@@ -124,7 +124,7 @@ func TestDeadly(t *testing.T) {
 	for _, try := range deadlyTries {
 		t.Run(try, func(t *testing.T) {
 			t.Parallel()
-			cmd := helper(t, order{Confine: true, Needs: Needs{Use: ^Use(0) &^ (XDP | Open)}, Tries: []string{try}}, 0)
+			cmd := helper(t, order{Confine: true, Needs: Needs{Use: ^Use(0) &^ XDP}, Tries: []string{try}}, 0)
 			_ = cmd.Run()
 			if s := cmd.ProcessState.Sys().(syscall.WaitStatus); !s.Signaled() || s.Signal() != unix.SIGSYS {
 				t.Errorf("the process ended with %v, want SIGSYS", cmd.ProcessState)
