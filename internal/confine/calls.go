@@ -71,9 +71,12 @@ var groups = []group{
 	{use: Metrics, what: "reading about the process", calls: []string{"statfs"}},
 	{use: Profile, what: "Go's profiles", calls: []string{"setitimer", "timer_create", "timer_settime", "timer_delete"}},
 	{use: Open, what: "new devices and sockets", calls: []string{
-		"socket", "bind", "listen", "connect", "fchmod", "fchmodat", "fchown", "fchownat", "chmod", "chown", "lchown", "umask", "membarrier",
+		"socket", "bind", "listen", "connect", "fchown", "fchownat", "chown", "lchown", "umask", "membarrier",
 		"io_uring_setup", "io_uring_enter", "io_uring_register", "fsync", "rename", "renameat", "renameat2", "uname", "flock",
 	}, when: []call{
+		{name: "fchmod", arg: 1, bits: setID, clear: true},
+		{name: "fchmodat", arg: 2, bits: setID, clear: true},
+		{name: "chmod", arg: 1, bits: setID, clear: true},
 		{name: "ioctl", arg: 1, values: []uint32{
 			unix.TUNSETIFF, unix.TUNSETPERSIST, unix.TUNSETVNETHDRSZ, unix.TUNSETVNETLE, unix.TUNSETSNDBUF, unix.TUNSETOWNER, unix.TUNSETGROUP,
 			unix.SIOCSIFMTU, unix.SIOCETHTOOL, unix.SIOCSIFFLAGS,
@@ -81,10 +84,16 @@ var groups = []group{
 	}},
 }
 
-// files are the calls that paths need: which of the lists of Needs, and what for.
+// setID are the permissions that make a program of a file's owner or group: what this process leaves behind must not be one.
+const setID = unix.S_ISUID | unix.S_ISGID
+
+// Groups that paths need: which of the lists of Needs, and what for.
 var (
-	openCalls   = []string{"openat", "open", "getdents64", "fadvise64"}
-	removeCalls = []string{"unlinkat", "unlink"}
+	openGroup = group{what: "opening files", calls: []string{"getdents64", "fadvise64"}, when: []call{
+		{name: "openat", arg: 3, bits: setID, clear: true},
+		{name: "open", arg: 2, bits: setID, clear: true},
+	}}
+	removeGroup = group{what: "removing files", calls: []string{"unlinkat", "unlink"}}
 )
 
 // deadly are calls that end the process: see the package comment.

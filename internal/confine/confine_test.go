@@ -95,7 +95,7 @@ func TestRefused(t *testing.T) {
 		"packet sockets, without the capability": {Needs{Use: Packet}, map[string]string{"AF_PACKET": seccomp}},
 		"opening": {Needs{Use: Open, Make: []string{dir}}, map[string]string{
 			"listen on a path": "", "make a file": "", "change its mode": "", "read /etc/shadow": landlock, "open /dev/net/tun": landlock,
-			"start a program": seccomp, "AF_PACKET": seccomp,
+			"leave a set-user-ID": seccomp, "make a set-user-ID": seccomp, "start a program": seccomp, "AF_PACKET": seccomp,
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -64,14 +64,15 @@ func (n Needs) callRules(table *arch.Info) (rules []rule) {
 		at[name] = len(rules)
 		rules = append(rules, rule{uint32(nr), verdict, when})
 	}
-	for _, name := range n.unconditional() {
-		set(name, allow)
+	have := n.groups()
+	for _, g := range have {
+		for _, name := range g.calls {
+			set(name, allow)
+		}
 	}
-	for _, g := range groups {
+	for _, g := range have {
 		for _, c := range g.when {
-			if n.has(g) {
-				set(c.name, allow, c)
-			}
+			set(c.name, allow, c)
 		}
 	}
 	for _, name := range deadly {
@@ -84,20 +85,20 @@ func (n Needs) callRules(table *arch.Info) (rules []rule) {
 
 func (n Needs) has(g group) bool { return g.use == 0 || g.use&n.Use != 0 }
 
-// unconditional are the calls of n that are allowed whatever their arguments are.
-func (n Needs) unconditional() (names []string) {
+// groups are those of n.
+func (n Needs) groups() (have []group) {
 	for _, g := range groups {
 		if n.has(g) {
-			names = append(names, g.calls...)
+			have = append(have, g)
 		}
 	}
 	if len(n.Read)+len(n.Devices)+len(n.Make) > 0 || n.Use&Metrics != 0 {
-		names = append(names, openCalls...)
+		have = append(have, openGroup)
 	}
 	if len(n.Remove)+len(n.Make) > 0 {
-		names = append(names, removeCalls...)
+		have = append(have, removeGroup)
 	}
-	return names
+	return have
 }
 
 // Offsets in struct seccomp_data, whose words have the machine's byte order: little-endian, on both that vhostd is made for.

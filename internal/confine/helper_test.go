@@ -209,6 +209,10 @@ var attempts = map[string]func(o order) error{
 	"type into terminal":  func(order) error { return unix.IoctlSetPointerInt(0, unix.TIOCSTI, 'x') },
 	"own a descriptor":    func(order) error { _, err := unix.FcntlInt(0, unix.F_SETOWN, os.Getpid()); return err },
 	"lower its nice":      func(order) error { return unix.Setpriority(unix.PRIO_PROCESS, 0, -1) },
+	"leave a set-user-ID": func(o order) error { return os.Chmod(o.File, 0o755|os.ModeSetuid) },
+	"make a set-user-ID": func(o order) error {
+		return closed(os.OpenFile(o.File+".new", os.O_WRONLY|os.O_CREATE, 0o755|os.ModeSetuid))
+	},
 	"connect to the file": func(o order) error { return closed(net.Dial("unix", o.File)) },
 
 	// Those that end the process.
