@@ -4,8 +4,9 @@ import "golang.org/x/sys/unix"
 
 // group is system calls that go together.
 type group struct {
-	use  Use    // 0: the base
-	what string // for people
+	use    Use    // 0: the base
+	unless Use    // not with any of these, which have a group of their own for it
+	what   string // for people
 	// calls whatever their arguments are. A name that this architecture does not have (arm64 has no poll) is passed over.
 	calls []string
 	when  []call // calls with certain arguments
@@ -30,19 +31,21 @@ const prSetVMA = 0x53564d41
 // groups is all that is ever allowed.
 var groups = []group{
 	{what: "moving frames between descriptors, and Go's runtime", calls: []string{
-		"futex", "ppoll", "read", "write", "readv", "writev", "sendmsg", "recvmsg", "sendmmsg", "recvmmsg", "sendto", "recvfrom",
+		"futex", "ppoll", "read", "write", "readv", "writev", "recvmsg", "recvmmsg", "recvfrom",
 		"epoll_pwait", "epoll_wait", "nanosleep", "sched_yield", "poll", "clock_nanosleep", "clock_gettime", "gettimeofday",
 		"rt_sigreturn", "rt_sigprocmask", "rt_sigaction", "sigaltstack", "restart_syscall",
 		"madvise", "munmap", "mremap", "mincore", "sched_getaffinity", "getpid", "gettid", "getuid", "geteuid", "getgid", "getegid", "getgroups", "getppid", "getcpu", "getrandom", "getrusage",
 		"exit", "exit_group", "close", "dup", "dup3", "fstat", "lseek", "pread64", "pwrite64",
 		// Front-ends come and go.
-		"accept4", "getsockname", "getpeername", "getsockopt", "setsockopt", "shutdown", "socketpair",
+		"accept4", "getsockname", "getpeername", "getsockopt", "setsockopt", "shutdown",
 		"eventfd2", "epoll_create1", "epoll_ctl", "pipe2",
 		// What files are, which Landlock does not hide.
 		"newfstatat", "statx", "fstatfs", "readlinkat",
 	}, when: []call{
 		{name: "clone", arg: 0, bits: unix.CLONE_THREAD},
 		{name: "tgkill", arg: 0, values: []uint32{ownProcess}},
+		// Sockets of datagrams that were made as a pair could send to any path.
+		{name: "socketpair", arg: 1, values: []uint32{unix.SOCK_STREAM, unix.SOCK_STREAM | unix.SOCK_CLOEXEC, unix.SOCK_STREAM | unix.SOCK_CLOEXEC | unix.SOCK_NONBLOCK}},
 		{name: "mmap", arg: 2, bits: unix.PROT_EXEC, clear: true},
 		{name: "mprotect", arg: 2, bits: unix.PROT_EXEC, clear: true},
 		{name: "prctl", arg: 0, values: []uint32{prSetVMA, unix.PR_GET_SECCOMP, unix.PR_GET_NO_NEW_PRIVS}},
@@ -54,7 +57,8 @@ var groups = []group{
 			unix.SIOCGIFINDEX, unix.SIOCGIFNAME, unix.SIOCGIFMTU, unix.SIOCGIFHWADDR, unix.SIOCGIFFLAGS, unix.SIOCOUTQ, unix.SIOCINQ,
 		}},
 	}},
-	{use: Inet, what: "new sockets of TCP, UDP and ICMP", calls: []string{"connect"}, when: []call{
+	{unless: Metrics, what: "sending", calls: []string{"sendmsg", "sendmmsg", "sendto"}},
+	{use: Inet, what: "new sockets of TCP, UDP and ICMP", calls: []string{"connect", "sendmsg", "sendmmsg", "sendto"}, when: []call{
 		{name: "socket", arg: 0, values: []uint32{unix.AF_INET, unix.AF_INET6}},
 	}},
 	{use: Unix, what: "new connections to UNIX sockets", calls: []string{"connect"}, when: []call{
@@ -68,10 +72,15 @@ var groups = []group{
 		{name: "bpf", arg: 0, values: []uint32{unix.BPF_MAP_LOOKUP_ELEM, unix.BPF_MAP_UPDATE_ELEM, unix.BPF_MAP_DELETE_ELEM}},
 	}},
 	{use: Ring, what: "requests through io_uring", calls: []string{"io_uring_enter", "io_uring_register"}},
-	{use: Metrics, what: "reading about the process", calls: []string{"statfs"}},
+	// There is a TCP socket then, one that listens. MSG_FASTOPEN would connect it, which Landlock does not see.
+	{use: Metrics, what: "reading about the process", calls: []string{"statfs"}, when: []call{
+		{name: "sendto", arg: 3, bits: unix.MSG_FASTOPEN, clear: true},
+		{name: "sendmsg", arg: 2, bits: unix.MSG_FASTOPEN, clear: true},
+		{name: "sendmmsg", arg: 3, bits: unix.MSG_FASTOPEN, clear: true},
+	}},
 	{use: Profile, what: "Go's profiles", calls: []string{"setitimer", "timer_create", "timer_settime", "timer_delete"}},
 	{use: Open, what: "new devices and sockets", calls: []string{
-		"socket", "bind", "listen", "connect", "fchown", "fchownat", "chown", "lchown", "umask", "membarrier",
+		"socket", "bind", "listen", "connect", "sendmsg", "sendmmsg", "sendto", "fchown", "fchownat", "chown", "lchown", "umask", "membarrier",
 		"io_uring_setup", "io_uring_enter", "io_uring_register", "fsync", "rename", "renameat", "renameat2", "uname", "flock",
 	}, when: []call{
 		{name: "fchmod", arg: 1, bits: setID, clear: true},

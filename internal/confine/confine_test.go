@@ -68,7 +68,7 @@ func TestRefused(t *testing.T) {
 			"AF_NETLINK": seccomp, "AF_XDP": seccomp, "AF_UNIX": seccomp, "raw socket": seccomp, "start a program": seccomp,
 			"signal the parent": seccomp, "signal a thread": seccomp, "executable memory": seccomp, "make it executable": seccomp,
 			"an io_uring": seccomp, "be dumpable": seccomp, "raise core's limit": seccomp, "early TCP connect": seccomp,
-			"type into terminal": seccomp, "own a descriptor": seccomp, "lower its nice": seccomp,
+			"type into terminal": seccomp, "own a descriptor": seccomp, "lower its nice": seccomp, "send to a path": seccomp,
 			"memory": "", "signal itself": "", "stat the file": "",
 		}},
 		"a directory to read": {Needs{Read: []string{dir, "/no/such/directory"}}, map[string]string{
@@ -90,6 +90,9 @@ func TestRefused(t *testing.T) {
 		}},
 		"UNIX sockets": {Needs{Use: Unix}, map[string]string{
 			"AF_UNIX": "", "connect by TCP": seccomp, "early TCP connect": landlock, "listen on a path": seccomp,
+		}},
+		"metrics": {Needs{Use: Metrics}, map[string]string{
+			"connect by sending": seccomp, "early TCP connect": seccomp, "send to a path": seccomp, "read /etc/shadow": landlock,
 		}},
 		"packet sockets":                         {Needs{Use: Packet, Caps: CapNetRaw}, map[string]string{"AF_PACKET": "", "AF_INET": seccomp, "AF_XDP": seccomp}},
 		"packet sockets, without the capability": {Needs{Use: Packet}, map[string]string{"AF_PACKET": seccomp}},

@@ -83,7 +83,7 @@ func (n Needs) callRules(table *arch.Info) (rules []rule) {
 	return rules
 }
 
-func (n Needs) has(g group) bool { return g.use == 0 || g.use&n.Use != 0 }
+func (n Needs) has(g group) bool { return (g.use == 0 || g.use&n.Use != 0) && g.unless&n.Use == 0 }
 
 // groups are those of n.
 func (n Needs) groups() (have []group) {

@@ -51,7 +51,7 @@ func vm(t *testing.T, n Needs, table *arch.Info) func(nr int, audit uint32, args
 func TestFilter(t *testing.T) {
 	for _, table := range []*arch.Info{arch.X86_64, arch.AARCH64} {
 		for _, n := range []Needs{
-			{}, {Use: Inet}, {Use: Unix}, {Use: Packet}, {Use: XDP}, {Use: Ring}, {Use: Metrics | Profile}, {Use: Open}, {Use: ^Use(0)},
+			{}, {Use: Inet}, {Use: Unix}, {Use: Packet}, {Use: XDP}, {Use: Ring}, {Use: Metrics | Profile}, {Use: Metrics | Inet}, {Use: Open}, {Use: ^Use(0)},
 			{Read: []string{"/"}}, {Remove: []string{"/"}}, {Make: []string{"/"}},
 		} {
 			run := vm(t, n, table)
@@ -71,7 +71,7 @@ func TestFilter(t *testing.T) {
 
 // argumentsOfInterest are all values that a group names, and some that none does.
 func argumentsOfInterest() []uint64 {
-	all := []uint64{0, 1, 7, 1 << 16, 1 << 32, 1<<32 | unix.AF_INET, ^uint64(0) >> 1, uint64(os.Getpid()), 0x50f00, unix.TIOCSTI, unix.F_SETOWN, 0o4755}
+	all := []uint64{0, 1, 7, 1 << 16, 1 << 32, 1<<32 | unix.AF_INET, ^uint64(0) >> 1, uint64(os.Getpid()), 0x50f00, unix.TIOCSTI, unix.F_SETOWN, 0o4755, unix.MSG_FASTOPEN}
 	for _, g := range groups {
 		for _, c := range g.when {
 			for _, v := range c.values {

@@ -52,7 +52,7 @@ func obey(text string) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	if err := prepare(); err != nil {
+	if err := prepare(o.File); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
@@ -117,17 +117,32 @@ func restore(file string) {
 	_ = os.WriteFile(file, []byte("secret"), 0o666)
 }
 
-// early are TCP sockets that were opened before Apply, one for each thread.
-var early []int
+// early are TCP sockets that were opened before Apply, and listening ones that listen, one for each thread.
+var early, listening []int
 
-func prepare() error {
+// prepare opens them, and listens for datagrams beside the file.
+func prepare(file string) error {
 	for range 3 {
-		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
+		for _, fds := range []*[]int{&early, &listening} {
+			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			*fds = append(*fds, fd)
+		}
+		if err := unix.Listen(listening[len(listening)-1], 1); err != nil {
 			return err
 		}
-		early = append(early, fd)
 	}
+	if file == "" {
+		return nil
+	}
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	_ = os.Remove(file + ".dgram")
+	_ = unix.Bind(fd, &unix.SockaddrUnix{Name: file + ".dgram"}) // where this user can
 	return nil
 }
 
@@ -209,6 +224,8 @@ var attempts = map[string]func(o order) error{
 	"type into terminal":  func(order) error { return unix.IoctlSetPointerInt(0, unix.TIOCSTI, 'x') },
 	"own a descriptor":    func(order) error { _, err := unix.FcntlInt(0, unix.F_SETOWN, os.Getpid()); return err },
 	"lower its nice":      func(order) error { return unix.Setpriority(unix.PRIO_PROCESS, 0, -1) },
+	"connect by sending":  func(o order) error { return connectBySending(o.Addr) },
+	"send to a path":      func(o order) error { return sendToPath(o.File + ".dgram") },
 	"leave a set-user-ID": func(o order) error { return os.Chmod(o.File, 0o755|os.ModeSetuid) },
 	"make a set-user-ID": func(o order) error {
 		return closed(os.OpenFile(o.File+".new", os.O_WRONLY|os.O_CREATE, 0o755|os.ModeSetuid))
@@ -243,13 +260,46 @@ func spawn() error {
 }
 
 func connectEarly(to string) error {
-	a, err := net.ResolveTCPAddr("tcp4", to)
+	a, err := inet4(to)
 	if err != nil {
 		return err
 	}
 	fd := early[0]
 	early = early[1:]
-	return unix.Connect(fd, &unix.SockaddrInet4{Port: a.Port, Addr: [4]byte(a.IP.To4())})
+	return unix.Connect(fd, a)
+}
+
+func inet4(address string) (*unix.SockaddrInet4, error) {
+	a, err := net.ResolveTCPAddr("tcp4", address)
+	if err != nil {
+		return nil, err
+	}
+	return &unix.SockaddrInet4{Port: a.Port, Addr: [4]byte(a.IP.To4())}, nil
+}
+
+// connectBySending has a socket that listened connect, without connect(2).
+func connectBySending(to string) error {
+	a, err := inet4(to)
+	if err != nil {
+		return err
+	}
+	fd := listening[0]
+	listening = listening[1:]
+	if err := unix.Shutdown(fd, unix.SHUT_RD); err != nil {
+		return err
+	}
+	return unix.Sendto(fd, []byte("hello"), unix.MSG_FASTOPEN, a)
+}
+
+// sendToPath sends a datagram without a socket of socket(2).
+func sendToPath(path string) error {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(pair[0])
+	defer unix.Close(pair[1])
+	return unix.Sendto(pair[0], []byte("hello"), unix.MSG_DONTWAIT, &unix.SockaddrUnix{Name: path})
 }
 
 // helper starts a helper, as another user if uid is not 0.
