@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -256,6 +257,25 @@ func TestUsage(t *testing.T) {
 				t.Errorf("code %d, stdout %q, stderr %q; want code %d and %q", got.code, got.stdout, got.stderr, exitUsage, want)
 			}
 		})
+	}
+}
+
+// TestHelpNamesTheUnitsFile: whoever does as the help says gets a daemon that can read its file again, which one in /etc itself cannot.
+func TestHelpNamesTheUnitsFile(t *testing.T) {
+	unit, err := os.ReadFile("../../contrib/vhostd-serve.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := 0
+	for _, cmd := range append(newRoot().Commands(), newRoot()) {
+		for _, m := range regexp.MustCompile(`--config (/\S+)`).FindAllStringSubmatch(cmd.Long+"\n"+cmd.Example, -1) {
+			if named++; !strings.Contains(string(unit), "serve --config "+m[1]+"\n") || filepath.Dir(m[1]) == "/etc" {
+				t.Errorf("the help of %s names %s", cmd.Name(), m[1])
+			}
+		}
+	}
+	if named < 4 {
+		t.Errorf("%d files found in the help: this test has stopped looking", named)
 	}
 }
 

@@ -16,11 +16,11 @@ func newRoot() *cobra.Command {
 machine's queues over a UNIX socket, and it carries the frames, from the guest's own memory, to a network of the
 host or to one of its own that needs no privilege.
 
-  vhostd run --socket-path /tmp/vm1.sock    serve one virtual machine
-  vhostd serve --config /etc/vhostd.toml    serve many, as a file says
-  vhostd stats --socket-path /tmp/vm1.sock  what it is doing
-  vhostd bench --socket-path /tmp/vm1.sock  how fast a back-end is, without a virtual machine
-  vhostd doctor                             what this host can do, and what to change`,
+  vhostd run --socket-path /tmp/vm1.sock         serve one virtual machine
+  vhostd serve --config /etc/vhostd/vhostd.toml  serve many, as a file says
+  vhostd stats --socket-path /tmp/vm1.sock       what it is doing
+  vhostd bench --socket-path /tmp/vm1.sock       how fast a back-end is, without a virtual machine
+  vhostd doctor                                  what this host can do, and what to change`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          noArgs,

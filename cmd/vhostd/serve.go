@@ -34,9 +34,9 @@ all others are left alone, frames in flight included. A file with an error in it
 cleanly; a second one ends it at once.
 
 A port that cannot be opened does not keep the others from being served: vhostd stats shows why, and the next reload tries again.`,
-		Example: `  vhostd check --config /etc/vhostd.toml
-  vhostd serve --config /etc/vhostd.toml
-  vhostd reload --config /etc/vhostd.toml`,
+		Example: `  vhostd check --config /etc/vhostd/vhostd.toml
+  vhostd serve --config /etc/vhostd/vhostd.toml
+  vhostd reload --config /etc/vhostd/vhostd.toml`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if path == "" {

@@ -72,7 +72,7 @@ func newStats() *cobra.Command {
 		Short: "Show the live counters of a running vhostd",
 		Example: `  vhostd stats --socket-path /tmp/vm1.sock --watch
   vhostd stats --control /run/vm1.ctl --json | jq '.queues[] | {index, frames}'
-  vhostd stats --config /etc/vhostd.toml --port vm1`,
+  vhostd stats --config /etc/vhostd/vhostd.toml --port vm1`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if f.interval < 10*time.Millisecond {
