@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -198,6 +199,22 @@ func TestServe(t *testing.T) {
 	}
 	if code := m.end(syscall.SIGTERM); code != exitOK || exists(m.socket("vm0")) || exists(filepath.Join(m.dir, "ctl")) {
 		t.Errorf("exit code %d, or a socket is left behind", code)
+	}
+}
+
+// TestReloadFollowsNoLink: who may write to the directory of a socket, such as its VMM, cannot have another file's mode changed.
+func TestReloadFollowsNoLink(t *testing.T) {
+	m := startMany(t, "[port.a]\n")
+	file := filepath.Join(m.dir, "precious")
+	if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Remove(m.socket("a")), os.Symlink(file, m.socket("a"))); err != nil {
+		t.Fatal(err)
+	}
+	m.write(t, "[port.a]\nsocket-mode = \"0666\"\n")
+	if r, got := m.reload(t); got.code != exitFailure || len(r.Steps) != 1 || !strings.Contains(r.Steps[0].Error, "no socket any more") {
+		t.Errorf("%+v", got)
+	}
+	if info, err := os.Stat(file); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("the file behind the link has mode %v (%v), want 0600", info.Mode(), err)
 	}
 }
 

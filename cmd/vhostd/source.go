@@ -83,7 +83,7 @@ func ownSocket(s settings) error {
 	if gid < 0 {
 		gid = os.Getegid()
 	}
-	if err := errors.Join(os.Lchown(s.socketPath, s.ownerOfSocket(), gid), os.Chmod(s.socketPath, os.FileMode(s.mode))); err != nil {
+	if err := sys.OwnSocket(s.socketPath, s.ownerOfSocket(), gid, s.mode); err != nil {
 		return fmt.Errorf("%s: %w (only root can give a socket away, and a member of a group to that group)", s.word("socket-group"), err)
 	}
 	return nil

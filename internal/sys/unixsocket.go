@@ -73,9 +73,33 @@ func ListenUnix(path string, mode uint32) (*net.UnixListener, *SocketFile, error
 	return sock, file, nil
 }
 
+// OwnSocket gives the socket at path an owner and a group, of which -1 leaves what there is, and a mode. What is looked at is what is changed: whoever may
+// write to its directory, such as a VMM, can put a link to somebody else's file in its place at any time.
+func OwnSocket(path string, uid, gid int, mode uint32) error {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return &fs.PathError{Op: "stat", Path: path, Err: err}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFSOCK {
+		return fmt.Errorf("%s is no socket any more: somebody has put another file there", path)
+	}
+	if err := unix.Fchownat(fd, "", uid, gid, unix.AT_EMPTY_PATH); err != nil {
+		return &fs.PathError{Op: "chown", Path: path, Err: err}
+	}
+	if err := unix.Chmod(fmt.Sprintf("/proc/self/fd/%d", fd), mode); err != nil { // fchmod(2) does not take such a descriptor
+		return &fs.PathError{Op: "chmod", Path: path, Err: err}
+	}
+	return nil
+}
+
 // settle gives the new socket the permissions that the umask took, and remembers which file it is.
 func settle(path string, mode uint32) (*SocketFile, error) {
-	if err := os.Chmod(path, fs.FileMode(mode)); err != nil {
+	if err := OwnSocket(path, -1, -1, mode); err != nil {
 		return nil, err
 	}
 	info, err := os.Lstat(path)
