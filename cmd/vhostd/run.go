@@ -15,8 +15,10 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 
+	"github.com/vhostd/vhostd/internal/confine"
 	"github.com/vhostd/vhostd/internal/control"
 	"github.com/vhostd/vhostd/internal/logsink"
+	"github.com/vhostd/vhostd/internal/sys"
 	"github.com/vhostd/vhostd/vhostuser"
 )
 
@@ -122,12 +124,9 @@ func (d doors) close(log *slog.Logger) {
 func openDoors(s settings, socket string, stats func() report, log *slog.Logger) (closeAll func(), err error) {
 	var open doors
 	if path := s.controlPath(socket); path != "" {
-		c, err := control.Listen(path, map[string]control.Handler{"stats": func(args json.RawMessage) (any, error) {
+		c, err := listenControl(path, map[string]control.Handler{"stats": func(args json.RawMessage) (any, error) {
 			return stats(), control.ParseArgs(args, &struct{}{})
-		}}, s.mayControl())
-		if err == nil && s.become != nil {
-			err = os.Lchown(path, s.become.UID, s.become.GID)
-		}
+		}}, s.mayControl(), s.become)
 		if err != nil {
 			return nil, fmt.Errorf("%w (--control chooses another path, --control %s does without)", err, controlNone)
 		}
@@ -142,6 +141,18 @@ func openDoors(s settings, socket string, stats func() report, log *slog.Logger)
 		open = append(open, m)
 	}
 	return func() { open.close(log) }, nil
+}
+
+// listenControl makes the control socket, which belongs to whom vhostd becomes.
+func listenControl(path string, handlers map[string]control.Handler, admits func(sys.Peer) error, become *confine.User) (*control.Server, error) {
+	c, err := control.Listen(path, handlers, admits)
+	if err != nil || become == nil {
+		return c, err
+	}
+	if err := os.Lchown(path, become.UID, become.GID); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return c, nil
 }
 
 // controlPath is where the control socket is to be, given the vhost-user socket's path; "" is nowhere.

@@ -92,7 +92,7 @@ func serveMany(path string, stderr io.Writer) error {
 	defer signal.Stop(again)
 
 	d := newFleet(ctx, path, log, level)
-	closeDoors, err := d.openDoors(u.Config)
+	closeDoors, err := d.openDoors(u)
 	if err != nil {
 		return err
 	}
@@ -115,10 +115,10 @@ func serveMany(path string, stderr io.Writer) error {
 }
 
 // openDoors opens the ways to ask a daemon about itself, and to have it read its file again.
-func (d *fleet) openDoors(c config.Config) (closeAll func(), err error) {
+func (d *fleet) openDoors(c *understood) (closeAll func(), err error) {
 	var open doors
 	if c.Control.Socket != config.ControlNone {
-		s, err := control.Listen(c.Control.Socket, map[string]control.Handler{"stats": d.handleStats, "reload": d.handleReload}, nil)
+		s, err := listenControl(c.Control.Socket, map[string]control.Handler{"stats": d.handleStats, "reload": d.handleReload}, nil, c.become)
 		if err != nil {
 			return nil, fmt.Errorf("%w ([control] socket chooses another path, %q does without)", err, config.ControlNone)
 		}

@@ -116,6 +116,25 @@ func TestUserOption(t *testing.T) {
 	}
 }
 
+// TestServeAsUser: root's vhostd serve becomes somebody else, who can ask it and have it read its file again.
+func TestServeAsUser(t *testing.T) {
+	needConfinement(t)
+	m := &many{dir: filepath.Dir(forEverybody(t, nobody))}
+	m.write(t, fmt.Sprintf("[port.a]\n[sandbox]\nuser = \"%d\"\n", nobody))
+	if err := os.Chmod(m.file(), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	m.process = launch(t, exec.Command(binary, "serve", "--config", m.file()))
+	for _, ask := range []string{"stats", "reload"} {
+		if got := finish(t, as(nobody, exec.Command(binary, ask, "--config", m.file()))); got.code != exitOK {
+			t.Errorf("%s: %+v", ask, got)
+		}
+	}
+	if code := m.end(syscall.SIGTERM); code != exitOK || exists(m.socket("a")) || exists(filepath.Join(m.dir, "ctl")) {
+		t.Errorf("exit code %d, socket left %v, control socket left %v", code, exists(m.socket("a")), exists(filepath.Join(m.dir, "ctl")))
+	}
+}
+
 // TestSocketOwner: the socket belongs to whom it is to belong to.
 func TestSocketOwner(t *testing.T) {
 	require.Root(t, "root")
