@@ -223,6 +223,8 @@ func TestUsage(t *testing.T) {
 		"run --socket-path s --client --socket-owner 0":                                   "the socket is the VMM's",
 		"run --socket-path s --socket-owner nobody-has-this":                              `--socket-owner "nobody-has-this": there is no such user`,
 		"run --socket-path s --allow-uid 0,nobody-has-this":                               `--allow-uid "nobody-has-this": there is no such user`,
+		"run --socket-path s --socket-owner 0:12":                                         `--socket-owner "0:12": want a user alone`,
+		"run --socket-path s --allow-uid 0,7:12":                                          `--allow-uid "7:12": want a user alone`,
 		"run --socket-path s --allow-gid nobody-has-this":                                 `--allow-gid "nobody-has-this": there is no such group`,
 		"run --socket-path s --user nobody-has-this":                                      `--user "nobody-has-this": there is no such user`,
 		"run --socket-path s --user 1:nobody-has-this":                                    `--user "nobody-has-this": there is no such group`,

@@ -177,11 +177,11 @@ func (s *settings) parseOwner() error {
 		return s.faultf("client", "excludes %s, %s and %s: the socket is the VMM's", s.word("socket-mode"), s.word("socket-group"), s.word("socket-owner"))
 	}
 	if s.socketOwner != "" {
-		u, err := confine.LookupUser(s.socketOwner)
+		uid, err := lookupUID(s.socketOwner)
 		if err != nil {
 			return s.faultf("socket-owner", "%w", err)
 		}
-		s.owner = u.UID
+		s.owner = uid
 	}
 	if s.socketGroup != "" {
 		gid, err := confine.LookupGroup(s.socketGroup)
@@ -201,14 +201,26 @@ func (s *settings) parseOwner() error {
 	return nil
 }
 
+// lookupUID reads a user's name or number. A group behind it, as chown(1) takes one, would be a wish that is not granted.
+func lookupUID(name string) (int, error) {
+	if strings.Contains(name, ":") {
+		return 0, fmt.Errorf("%q: want a user alone; a group has an option of its own", name)
+	}
+	u, err := confine.LookupUser(name)
+	if err != nil {
+		return 0, err
+	}
+	return u.UID, nil
+}
+
 // parseUsers understands who may connect, and whom vhostd is to become.
 func (s *settings) parseUsers() (err error) {
 	for _, name := range s.allowUID {
-		u, err := confine.LookupUser(name)
+		uid, err := lookupUID(name)
 		if err != nil {
 			return s.faultf("allow-uid", "%w", err)
 		}
-		s.allowed.UIDs = append(s.allowed.UIDs, u.UID)
+		s.allowed.UIDs = append(s.allowed.UIDs, uid)
 	}
 	for _, name := range s.allowGID {
 		gid, err := confine.LookupGroup(name)
