@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -301,4 +302,19 @@ func FuzzParse(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestKeyOfManyParts: a key that is nothing but dots takes memory by its length, not by the square of it, and is blamed where it stands.
+func TestKeyOfManyParts(t *testing.T) {
+	text := []byte("[log]\n" + strings.Repeat("a.", 10000) + "a = 1\n")
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	err := Parse("f", text).Err()
+	runtime.ReadMemStats(&after)
+	if err == nil || !strings.Contains(err.Error(), "f:2: log.a: unknown key") {
+		t.Errorf("%v", err)
+	}
+	if took := after.TotalAlloc - before.TotalAlloc; took > 32<<20 {
+		t.Errorf("%d bytes of text took %d bytes of memory", len(text), took)
+	}
 }

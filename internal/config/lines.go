@@ -34,9 +34,15 @@ func keyLines(found map[string]int, p *unstable.Parser, table string, kv *unstab
 	}
 }
 
+// maxDepth is how many parts of a dotted key are looked at. All of a key's paths together take memory by the square of their number.
+const maxDepth = 8
+
 // mark takes note of where the parts of a dotted key stand, and returns its path.
 func mark(found map[string]int, p *unstable.Parser, path string, key unstable.Iterator) string {
-	for key.Next() {
+	for depth := 0; key.Next(); depth++ {
+		if depth == maxDepth {
+			break // no key of a file has so many parts: what it is under is blamed
+		}
 		n := key.Node()
 		path = strings.TrimPrefix(path+"."+string(n.Data), ".")
 		if found[path] == 0 {
