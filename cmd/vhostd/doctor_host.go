@@ -162,7 +162,7 @@ func checkKVM() []finding {
 // landlockFiles and landlockAll are the versions of Landlock with which it restricts what opens a file, and all that vhostd asks of it.
 const (
 	landlockFiles = 3
-	landlockAll   = 6
+	landlockAll   = 9
 )
 
 // checkConfinement looks at what vhostd can have taken from itself once it is started.
@@ -183,7 +183,7 @@ func checkConfinement() []finding {
 	case s.Landlock < landlockFiles:
 		files.Meaning = "files are restricted, their truncation (Linux 6.2) and TCP (6.7) are not"
 	case s.Landlock < landlockAll:
-		files.Meaning = "files are restricted; TCP needs Linux 6.7, devices' ioctl 6.10, abstract UNIX sockets 6.12"
+		files.Meaning = "files are restricted; TCP needs Linux 6.7, devices' ioctl 6.10, abstract UNIX sockets 6.12, those with paths Landlock's version 9"
 	}
 	return []finding{calls, files}
 }

@@ -115,6 +115,25 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+// TestOtherSockets: who connects to one UNIX socket cannot connect to another, or the report says that this kernel does not see to it.
+func TestOtherSockets(t *testing.T) {
+	needKernel(t)
+	file := tempFile(t) + ".sock"
+	l, err := net.Listen("unix", file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	o := order{Confine: true, Needs: Needs{Use: Unix, Connect: []string{"/run/vhostd/vm.sock"}}, Tries: []string{"connect to the file"}, File: file}
+	out := do(t, o, 0)
+	said := strings.Contains(strings.Join(out.Report.Missing, "\n"), "UNIX sockets")
+	for i, err := range out.Errors["connect to the file"] {
+		if refused := err == "EACCES"; refused == said {
+			t.Errorf("another socket is refused: %v (%q) on thread %d; the report has it as missing: %v", refused, err, i, said)
+		}
+	}
+}
+
 // deadlyTries are attempts that end the process.
 var deadlyTries = []string{
 	"execve", "ptrace", "process_vm_readv", "mount", "bpf", "userfaultfd", "init_module", "kexec_load", "open_by_handle_at", "keyctl",

@@ -36,7 +36,8 @@
 // # Kernels
 //
 // Apply does what the kernel can. Linux 5.13 has Landlock, 6.2 the truncation of files, 6.7 TCP, 6.10 ioctl(2) on device nodes, 6.12 abstract UNIX
-// sockets. What is missing is in the Report, for the log; what is there and cannot be applied is an error.
+// sockets; version 9 of its interface, UNIX sockets by their paths. What is missing, and seccomp does not make up for, is in the Report, for the log;
+// what is there and cannot be applied is an error.
 //
 // # Cost
 //

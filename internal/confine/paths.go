@@ -21,6 +21,9 @@ const (
 	makeRights   landlock.AccessFSSet = removeRights | llsys.AccessFSMakeSock | llsys.AccessFSMakeReg | llsys.AccessFSTruncate | llsys.AccessFSWriteFile | llsys.AccessFSReadFile | llsys.AccessFSReadDir
 )
 
+// pathsOfSockets is the version of Landlock that knows paths of UNIX sockets; abstract names it knows since 6.
+const pathsOfSockets = 9
+
 // landlockVersion is the version of the kernel's Landlock, or why there is none.
 func landlockVersion() (int, error) {
 	v, err := llsys.LandlockGetABIVersion()
@@ -43,6 +46,10 @@ func restrictPaths(n Needs, r *Report) error {
 	}
 	if version < 4 {
 		r.Missing = append(r.Missing, fmt.Sprintf("TCP in Landlock, which is of version %d and not 4 or newer", version))
+	}
+	if version < pathsOfSockets && n.Use&(Unix|Open) != 0 {
+		r.Missing = append(r.Missing, fmt.Sprintf("UNIX sockets in Landlock, which is of version %d and not %d or newer: all that this user can connect to stay open to vhostd",
+			version, pathsOfSockets))
 	}
 	if n.Use&Metrics != 0 {
 		n.Read = append(slices.Clip(n.Read), processDir, "/proc/stat")
