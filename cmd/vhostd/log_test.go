@@ -63,7 +63,7 @@ func TestLogThatCannotBeWritten(t *testing.T) {
 			ended := make(chan error, 1)
 			go func() { ended <- cmd.Wait() }()
 			t.Cleanup(func() { _ = cmd.Process.Kill() })
-			eventually(t, "the socket", func() bool { _, err := os.Stat(path); return err == nil })
+			eventually(t, "the control socket", func() bool { return exists(path + controlSuffix) }) // the other one listens by then
 			nagging(t, path)
 			must(t, cmd.Process.Signal(syscall.SIGTERM))
 			select {
