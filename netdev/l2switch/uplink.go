@@ -134,7 +134,7 @@ func (l *line) run() {
 		}
 		l.q.Reap()
 		l.q.SendIdle()
-		if l.lane.arm(forFrames) {
+		if l.lane.arm(forFrames) || l.full() {
 			l.sleep(room)
 		}
 		l.lane.state.Store(awake)
@@ -171,6 +171,13 @@ func (l *line) flush() bool {
 	defer l.mu.Unlock()
 	l.send()
 	return !l.ending
+}
+
+// full reports whether the device has no room: nothing can be done for what waits in the lane before SendFD says that it has.
+func (l *line) full() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.blocked
 }
 
 // send has the device send what waits, in order. mu is held.

@@ -2,15 +2,19 @@ package l2switch_test
 
 import (
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/vhostd/vhostd/internal/sys"
 	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/netdev/l2switch"
 	"github.com/vhostd/vhostd/netdev/netdevtest"
+	"github.com/vhostd/vhostd/netdev/null"
 	"github.com/vhostd/vhostd/netdev/pair"
 	"github.com/vhostd/vhostd/virtio"
+	"github.com/vhostd/vhostd/zerocopy"
 )
 
 // uplink gives a switch an uplink, and returns the other end of its cable.
@@ -111,4 +115,70 @@ func TestUplinkThatTakesNothingKeepsNoPages(t *testing.T) {
 	if err := far.Close(); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// full is a device that has no room until it is opened, and counts how often it is asked.
+type full struct {
+	netdev.Device
+	queue fullQueue
+}
+
+type fullQueue struct {
+	netdev.Queue
+	fd          int
+	open        atomic.Bool
+	asked, took atomic.Int64
+}
+
+// newFull returns a device whose SendFD is fd.
+func newFull(t *testing.T, fd int) *full {
+	t.Helper()
+	dev, err := null.New(null.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &full{Device: dev, queue: fullQueue{Queue: dev.Queue(0), fd: fd}}
+}
+
+func (f *full) Queue(int) netdev.Queue { return &f.queue }
+
+func (q *fullQueue) Send(bufs []*zerocopy.Buffer) int {
+	q.asked.Add(1)
+	if !q.open.Load() {
+		return 0
+	}
+	q.took.Add(int64(len(bufs)))
+	return q.Queue.Send(bufs)
+}
+
+func (q *fullQueue) SendFD() int { return q.fd }
+
+// TestUplinkThatTakesNothingIsLeftAlone: a device that is full is waited for, and not asked again and again, however many frames wait behind those that it has
+// not taken.
+func TestUplinkThatTakesNothingIsLeftAlone(t *testing.T) {
+	room, err := sys.NewEventFD()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer room.Close()
+	room.Block()
+	f := newFull(t, room.FD())
+	l := newLab(t, l2switch.Config{Hold: time.Millisecond})
+	if err := l.s.Uplink(f, l2switch.PortConfig{Name: "uplink"}); err != nil {
+		t.Fatal(err)
+	}
+	l.add(l2switch.PortConfig{Name: "guest"})
+	const frames = 200
+	for i := range uint64(frames) {
+		l.send("guest", virtio.NetHdr{}, frame(mac(1), mac(0), i, 1000))
+	}
+	time.Sleep(50 * time.Millisecond) // sweeps
+	before := f.queue.asked.Load()
+	time.Sleep(100 * time.Millisecond)
+	if n := f.queue.asked.Load() - before; n > 10 {
+		t.Errorf("a device without room was asked %d times in 100 ms", n)
+	}
+	f.queue.open.Store(true)
+	room.Drain()
+	vhosttest.Eventually(t, "all frames are sent", func() bool { return f.queue.took.Load() == frames })
 }
