@@ -6,6 +6,7 @@ import (
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -46,6 +47,9 @@ type line struct {
 
 // inboxSize is how many frames of usual length can come from an uplink's queue pair before the first was delivered.
 const inboxSize = 256
+
+// lookAgain is after what time a device that had no room is asked again when it has no descriptor that tells of room.
+const lookAgain = time.Millisecond
 
 // Uplink makes a port of a device, which belongs to the switch from now on: Close and RemovePort close it. Its configuration's MTU is the device's when it is
 // 0, Pairs as many as the device has, and MaxAddresses all that the switch has.
@@ -288,14 +292,17 @@ func (l *line) sleep(room bool) {
 		l.mu.Unlock()
 		return
 	}
+	timeout := -1
 	if l.blocked {
-		fds[2].Fd = int32(l.dev.SendFD())
+		if fds[2].Fd = int32(l.dev.SendFD()); fds[2].Fd < 0 {
+			timeout = int(lookAgain.Milliseconds())
+		}
 	}
 	if c, ok := l.dev.(netdev.Completer); ok {
 		fds[3].Fd = int32(c.CompletionFD())
 	}
 	l.mu.Unlock()
-	if _, err := unix.Poll(fds[:], -1); err != nil && !errors.Is(err, unix.EINTR) {
+	if _, err := unix.Poll(fds[:], timeout); err != nil && !errors.Is(err, unix.EINTR) {
 		panic("bug: waiting for an uplink's descriptors: " + err.Error())
 	}
 }

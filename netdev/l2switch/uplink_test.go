@@ -182,3 +182,17 @@ func TestUplinkThatTakesNothingIsLeftAlone(t *testing.T) {
 	room.Drain()
 	vhosttest.Eventually(t, "all frames are sent", func() bool { return f.queue.took.Load() == frames })
 }
+
+// TestUplinkThatCannotTell: a device that is full and has no descriptor to tell when it is not is asked again after a while, though nobody else sends.
+func TestUplinkThatCannotTell(t *testing.T) {
+	f := newFull(t, -1)
+	l := newLab(t, l2switch.Config{Hold: time.Minute})
+	if err := l.s.Uplink(f, l2switch.PortConfig{Name: "uplink"}); err != nil {
+		t.Fatal(err)
+	}
+	l.add(l2switch.PortConfig{Name: "guest"})
+	l.send("guest", virtio.NetHdr{}, frame(mac(1), mac(0), 1, 1000))
+	time.Sleep(20 * time.Millisecond)
+	f.queue.open.Store(true)
+	vhosttest.Eventually(t, "the frame is sent", func() bool { return f.queue.took.Load() == 1 })
+}
