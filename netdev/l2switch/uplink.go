@@ -147,6 +147,8 @@ func (l *line) run() {
 		b.Recall(l.in.Posted())
 	}
 	l.lane.discard()
+	l.mu.Lock() // against a sweep that found the port before it left
+	defer l.mu.Unlock()
 	zerocopy.ReleaseAll(l.batch, zerocopy.Dropped)
 	l.batch = nil
 }
@@ -318,6 +320,9 @@ func (u *uplink) deliver(w *run) {
 		return
 	}
 	defer l.mu.Unlock()
+	if l.ending {
+		return // the device may be closed: what waits is dropped by pass
+	}
 	l.send()
 	if l.blocked {
 		l.lane.rouse(forFrames, forRoom)

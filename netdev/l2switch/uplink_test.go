@@ -196,3 +196,26 @@ func TestUplinkThatCannotTell(t *testing.T) {
 	f.queue.open.Store(true)
 	vhosttest.Eventually(t, "the frame is sent", func() bool { return f.queue.took.Load() == 1 })
 }
+
+// TestUplinkThatLeftIsSentNothing: a guest's thread found an uplink that was then removed. Its device, which is closed, is not used any more, and the frame comes back.
+func TestUplinkThatLeftIsSentNothing(t *testing.T) {
+	f := newFull(t, -1)
+	f.queue.open.Store(true)
+	s := newSwitch(t, l2switch.Config{})
+	if err := s.Uplink(f, l2switch.PortConfig{Name: "uplink"}); err != nil {
+		t.Fatal(err)
+	}
+	guest := addPort(t, s, l2switch.PortConfig{Name: "guest"})
+	defer guest.Close()
+	pass := l2switch.PassLate(s, guest, "uplink")
+	if err := s.RemovePort("uplink"); err != nil {
+		t.Fatal(err)
+	}
+	before := f.queue.asked.Load()
+	released := 0
+	u := zerocopy.Ubuf{Callback: func(*zerocopy.Ubuf, zerocopy.Outcome) { released++ }}
+	pass(zerocopy.NewUbufBuffer(u, virtio.NetHdr{}, frame(mac(1), mac(0), 1, 100)))
+	if n := f.queue.asked.Load() - before; n != 0 || released != 1 {
+		t.Errorf("a closed device was asked to send %d times, the frame was released %d times", n, released)
+	}
+}
