@@ -11,6 +11,11 @@ import (
 func (q *queue) forward(bufs []*zerocopy.Buffer) int {
 	s := q.port.sw
 	v, r, now := s.view.Load(), q.port.rules.Load(), s.clock()
+	if !v.has(q.port) {
+		q.port.drop(DropVLAN, len(bufs)) // it is in none any more
+		zerocopy.ReleaseAll(bufs, zerocopy.Dropped)
+		return len(bufs)
+	}
 	batch := q.work.batch[:len(bufs)]
 	q.work.open = !r.guarded && r.trunk == nil
 	q.read(batch, bufs, r)
@@ -153,10 +158,15 @@ func (q *queue) learn(v *view, r *rules, src uint64, now uint32) bool {
 		t.touch(src, p.index, now)
 		return true
 	}
-	if o := v.owners[src&macMask]; o != nil && o != p {
+	if !v.mayHave(p, src) {
 		return false
 	}
 	t.learn(src, p.index, now, &p.learned, r.cfg.MaxAddresses, p.sw.share)
+	// The ports may have changed since v was read, and whoever changed them have looked through the table before this was in it.
+	if c := p.sw.view.Load(); c != v && !c.mayHave(p, src) {
+		t.unlearn(src, p.index, &p.learned)
+		return false
+	}
 	return true
 }
 

@@ -41,6 +41,15 @@ func (v *view) named(name string) *Port {
 	return nil
 }
 
+// has tells whether p is one of the ports: it may have left, and another have its index.
+func (v *view) has(p *Port) bool { return p.index < len(v.ports) && v.ports[p.index] == p }
+
+// mayHave tells whether a station may be behind p: its address is no other port's own.
+func (v *view) mayHave(p *Port, key uint64) bool {
+	o := v.owners[key&macMask]
+	return v.has(p) && (o == nil || o == p)
+}
+
 // New returns a Switch without ports.
 func New(c Config) (*Switch, error) {
 	c, err := c.withDefaults()
@@ -222,7 +231,7 @@ func (s *Switch) RemovePort(name string) error {
 // remove takes p out of the view. The caller holds mu.
 func (s *Switch) remove(p *Port) {
 	old := s.view.Load()
-	if p.index >= len(old.ports) || old.ports[p.index] != p {
+	if !old.has(p) {
 		return
 	}
 	next := &view{ports: slices.Clone(old.ports)}

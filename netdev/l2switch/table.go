@@ -161,6 +161,18 @@ func (t *table) learn(key uint64, port int, now uint32, share *learned, max int,
 	t.count.Add(1)
 }
 
+// unlearn throws out what learn has just put in, if it did.
+func (t *table) unlearn(key uint64, port int, share *learned) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	b := t.bucket(key)
+	if way, known, _ := b.place(key); known && b.port(way) == port {
+		b.set(way, noKey, 0)
+		share.count.Add(-1)
+		t.count.Add(-1)
+	}
+}
+
 // place finds the way of a key, or else a free one, if there is one.
 func (b *bucket) place(key uint64) (way int, known, free bool) {
 	for i := range b.keys {
