@@ -127,8 +127,10 @@ func (p *Port) stats() PortStats {
 		st.ToGuest.Bytes += l.bytes.Load()
 		st.Waiting += l.waiting()
 		st.Orphaned += l.orphaned.Load()
-		if n := l.starved.Load(); n > 0 {
-			st.Drops[DropBacklog.String()] += n
+		for why, n := range map[Reason]uint64{DropBacklog: l.starved.Load(), DropTooBig: l.tooBig.Load()} {
+			if n > 0 {
+				st.Drops[why.String()] += n
+			}
 		}
 		st.Connected = st.Connected || !l.shut.Load()
 	}

@@ -1,0 +1,33 @@
+package l2switch_test
+
+import (
+	"testing"
+	"time"
+
+	"github.com/vhostd/vhostd/internal/vhosttest"
+	"github.com/vhostd/vhostd/netdev/l2switch"
+	"github.com/vhostd/vhostd/virtio"
+)
+
+// TestTooBigIsCounted: a frame that the guest's buffers can never take is among the drops of its port.
+func TestTooBigIsCounted(t *testing.T) {
+	s := newSwitch(t, l2switch.Config{})
+	a := start(t, s, l2switch.PortConfig{Name: "a"}, vhosttest.Options{})
+	start(t, s, l2switch.PortConfig{Name: "b"}, vhosttest.Options{Without: virtio.FNetMrgRxbuf, RecvSize: 256})
+	a.send(t, frame(everybody, mac(1), 1, 1000))
+	vhosttest.Eventually(t, "the drop", func() bool { return port(t, s, "b").Drops[l2switch.DropTooBig.String()] == 1 })
+}
+
+// TestStarvedIsCounted: a frame that was lost because there was no room for its copy is among what the device lost on the way to its guest.
+func TestStarvedIsCounted(t *testing.T) {
+	const size = 60000
+	l := newLab(t, l2switch.Config{Hold: time.Millisecond, BacklogBytes: virtio.MaxFrame}, l2switch.PortConfig{Name: "a"}, l2switch.PortConfig{Name: "b"})
+	l.passes("b", "a", frame(everybody, mac(2), 1, 60), nil)
+	for i := range uint64(3) {
+		l.send("a", virtio.NetHdr{}, frame(mac(2), mac(1), i, size))
+	}
+	vhosttest.Eventually(t, "the drops", func() bool { return l.drops("b", l2switch.DropBacklog) == 2 })
+	if n := l.ports["b"].Queue(0).Counters().RecvDropped; n != 2 {
+		t.Errorf("the device counts %d frames, want 2", n)
+	}
+}
