@@ -14,6 +14,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 
 	"github.com/vhostd/vhostd/virtio"
+	"github.com/vhostd/vhostd/zerocopy"
 )
 
 // arpFrame is a request of the guest's.
@@ -259,4 +260,21 @@ func discoverBytes() []byte {
 		panic(err)
 	}
 	return m.ToBytes()
+}
+
+// TestLargeFrames: with a large MTU, a guest that computes its checksums itself may send a packet as long as any; those that are longer than one piece of private
+// memory were refused.
+func TestLargeFrames(t *testing.T) {
+	for _, n := range []int{1000, otherPiece - ethLen - 28, otherPiece - ethLen - 27, 40000, MaxMTU - 28} {
+		d := openTest(t, "mtu=65520")
+		b := zerocopy.NewBuffer(virtio.NetHdr{}, udpFrame("10.0.2.15", "10.0.2.2", 1, 9, make([]byte, n)))
+		if !d.ingress.frame(b) {
+			t.Errorf("a datagram of %d bytes is refused", n)
+		}
+		badSum := udpFrame("10.0.2.15", "10.0.2.2", 1, 9, make([]byte, n))
+		badSum[len(badSum)-1] ^= 1
+		if d.ingress.frame(zerocopy.NewBuffer(virtio.NetHdr{}, badSum)) {
+			t.Errorf("a datagram of %d bytes with a wrong checksum is taken", n)
+		}
+	}
 }

@@ -151,13 +151,13 @@ func (l *link) netHdr(pkt *stack.PacketBuffer) virtio.NetHdr {
 // so those of a large segment are apart from its payload.
 const (
 	headerPiece = 192      // holds Ethernet, IP and TCP headers with all their options
-	otherPiece  = 32 << 10 // cleared before it is written: in the cache
+	otherPiece  = 32 << 10 // of a large segment's payload; cleared before it is written: in the cache
 )
 
 // copyIn returns the frame as a packet of private memory, its link header not parsed yet.
 func copyIn(b *zerocopy.Buffer, hdr *virtio.NetHdr) *stack.PacketBuffer {
 	left := b.Len()
-	piece := min(left, otherPiece)
+	piece := left // what is decided on a frame may take all of it: its checksum
 	if hdr.GSOType != virtio.GSONone {
 		piece = min(left, headerPiece)
 	}
