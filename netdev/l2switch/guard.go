@@ -80,7 +80,10 @@ func (f *frame) judgeARP(r *rules, at int) (why Reason, ok bool) {
 	if binary.BigEndian.Uint64(h)>>16 != 0x0001_0800_0604 {
 		return DropARP, false // not Ethernet and IPv4
 	}
-	ip := netip.AddrFrom4([4]byte(h[14:18]))
+	ip, target := netip.AddrFrom4([4]byte(h[14:18])), netip.AddrFrom4([4]byte(h[24:28]))
+	if ip.IsUnspecified() && f.inner == typeARP {
+		ip = target // a probe: whoever is about to take this address gives it up (RFC 5227 §2.1.1)
+	}
 	return DropARP, r.owns(macOf(h[8:])) && (ip.IsUnspecified() || r.allows(ip))
 }
 
@@ -147,10 +150,19 @@ func (f *frame) judgeIPv6(r *rules, at int) (why Reason, ok bool) {
 		}
 	}
 	src := netip.AddrFrom16([16]byte(f.head[at+8 : at+24]))
-	if src.IsUnspecified() { // before it has an address a guest asks whether anybody else does, and joins groups
-		return DropIP, len(r.ips) == 0 || t.proto == protoICMPv6 && !t.fragment
+	if !src.IsUnspecified() {
+		return DropIP, r.allows(src)
 	}
-	return DropIP, r.allows(src)
+	// Before it has an address a guest asks whether anybody else does, and joins groups.
+	switch {
+	case len(r.ips) == 0:
+		return 0, true
+	case t.proto != protoICMPv6, t.fragment:
+		return DropIP, false
+	case f.head[t.at] == neighSolicit: // whoever is about to take this address gives it up (RFC 4862 §5.4.3)
+		return DropND, r.allows(netip.AddrFrom16([16]byte(f.head[t.at+8 : t.at+24])))
+	}
+	return 0, true
 }
 
 // chain follows the headers of an IPv6 packet up to the transport's. It reports false when they do not end in head: who lets such a first fragment pass lets

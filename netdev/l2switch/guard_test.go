@@ -88,6 +88,8 @@ func TestGuardStopsImpostors(t *testing.T) {
 		"ARP with another's MAC":               {ether(you, me, tARP, arp(2, mac(3), "192.0.2.1", "192.0.2.2")), l2switch.DropARP},
 		"ARP with another's IP":                {ether(you, me, tARP, arp(2, me, "192.0.2.3", "192.0.2.2")), l2switch.DropARP},
 		"gratuitous ARP with another's IP":     {ether(everybody, me, tARP, arp(1, me, "192.0.2.3", "192.0.2.3")), l2switch.DropARP},
+		"ARP probe for another's IP":           {ether(everybody, me, tARP, arp(1, me, "0.0.0.0", "192.0.2.2")), l2switch.DropARP},
+		"IPv6 DAD for another's address":       {ether(everybody, me, tIPv6, ip6("::", "ff02::1:ff00:2", pICMPv6, nd(135, 24, "2001:db8::2")...)), l2switch.DropND},
 		"ARP of another hardware":              {ether(you, me, tARP, []byte{0, 6, 8, 0, 6, 4, 0, 2}), l2switch.DropARP},
 		"ARP that ends early":                  {ether(you, me, tARP, arp(2, me, "192.0.2.1", "192.0.2.2"))[:40], l2switch.DropARP},
 		"RARP for another":                     {ether(everybody, me, tRARP, arp(3, mac(3), "0.0.0.0", "0.0.0.0")), l2switch.DropARP},
