@@ -4,7 +4,6 @@ import (
 	"errors"
 	"math"
 	"path/filepath"
-	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -14,14 +13,10 @@ import (
 	"github.com/vhostd/vhostd/virtio"
 )
 
-// What a front-end hands over to be signalled or polled may be anything.
+// What a front-end hands over to be signalled or polled may be anything. What is no eventfd is refused: somebody else can have whoever uses it wait.
 func TestF18Descriptors(t *testing.T) {
 	vhosttest.NoLeaks(t)
 	n := newNeighbour(t)
-	// What is taken, and fails when it is written to; of the others all are refused but those that are full.
-	unwritable := []string{
-		"empty pipe, blocking", "pipe without a reader", "pipe without a writer", "socket, hung up", "socket, not connected", "epoll",
-	}
 	for name, open := range map[string]func(t *testing.T) (fd int){
 		"regular file": func(t *testing.T) int {
 			return must(unix.Open(filepath.Join(t.TempDir(), "file"), unix.O_RDWR|unix.O_CREAT|unix.O_CLOEXEC, 0o600))
@@ -79,13 +74,13 @@ func TestF18Descriptors(t *testing.T) {
 				for _, set := range []func(uint32, int) error{e.FE.SetVringKick, e.FE.SetVringCall, e.FE.SetVringErr} {
 					fd := open(t)
 					var nack *vhostuser.NACKError
-					if err := set(i, fd); err != nil && !errors.As(err, &nack) {
+					if err := set(i, fd); err != nil && !errors.As(err, &nack) || (err == nil) != (name == "full eventfd") {
 						t.Fatal(err)
 					}
 					unix.Close(fd)
 				}
 			}
-			// Nobody is called any more, so the guest has to look; the ring is alive if it has a kick that works, or none.
+			// The guest looks for itself; the ring is alive if it has a kick that works, or none.
 			for i, q := range e.Queues {
 				if err := e.FE.SetVringKick(uint32(i), q.Kick.FD()); err != nil {
 					t.Fatal(err)
@@ -93,8 +88,6 @@ func TestF18Descriptors(t *testing.T) {
 			}
 			q := e.Transmitq(0)
 			q.Driver.EnableCall() // it asks for calls all the same
-			errorsOf := func() uint64 { return e.be.Stats().Queues[1].NotifyErrors }
-			before := errorsOf() // of the kick
 			for i := range 10 {
 				if _, err := e.Transmitq(0).Add(virtio.NetHdr{}, vhosttest.Frame(uint64(i), 100), nil); err != nil {
 					t.Fatal(err)
@@ -102,10 +95,8 @@ func TestF18Descriptors(t *testing.T) {
 				e.Transmitq(0).Flush()
 			}
 			vhosttest.Eventually(t, "ten frames", func() bool { q.Reap(); return q.Driver.Out() == 0 })
-			if slices.Contains(unwritable, name) {
-				vhosttest.Eventually(t, "the count of bad calls", func() bool { return errorsOf() > before })
-			} else if after := errorsOf(); after != 0 {
-				t.Errorf("%d errors of a descriptor that was refused, or is full", after)
+			if errs := e.be.Stats().Queues[1].NotifyErrors; errs != 0 {
+				t.Errorf("%d errors of a descriptor that was refused, or is full", errs)
 			}
 			n.goesOn(t)
 			for _, q := range e.Queues {
@@ -117,24 +108,6 @@ func TestF18Descriptors(t *testing.T) {
 			e.works(t)
 		})
 	}
-}
-
-// A kick that cannot work is no kick: the ring is polled.
-func TestF18BadKickIsPolled(t *testing.T) {
-	vhosttest.NoLeaks(t)
-	n := newNeighbour(t)
-	e := attack(t, vhosttest.Options{})
-	var p [2]int
-	unix.Pipe2(p[:], unix.O_CLOEXEC)
-	unix.Close(p[1])
-	defer unix.Close(p[0])
-	if err := e.FE.SetVringKick(1, p[0]); err != nil {
-		t.Fatal(err)
-	}
-	e.works(t)
-	vhosttest.Eventually(t, "the count of bad kicks", func() bool { return e.be.Stats().Queues[1].NotifyErrors == 1 })
-	e.works(t)
-	n.goesOn(t)
 }
 
 func must(fd int, err error) int {
@@ -153,21 +126,4 @@ func pipe(t *testing.T) (r, w int) {
 	}
 	t.Cleanup(func() { unix.Close(p[0]); unix.Close(p[1]) })
 	return p[0], p[1]
-}
-
-// A file could be one whose owner answers a poll when he likes, and stops the worker until then: it is refused.
-func TestF18FilesAreRefused(t *testing.T) {
-	vhosttest.NoLeaks(t)
-	n := newNeighbour(t)
-	e := attack(t, vhosttest.Options{})
-	fd := must(unix.MemfdCreate("notification", unix.MFD_CLOEXEC))
-	defer unix.Close(fd)
-	for _, set := range []func(uint32, int) error{e.FE.SetVringKick, e.FE.SetVringCall, e.FE.SetVringErr} {
-		var nack *vhostuser.NACKError
-		if err := set(1, fd); !errors.As(err, &nack) {
-			t.Errorf("a memory file to notify with: %v", err)
-		}
-	}
-	e.works(t)
-	n.goesOn(t)
 }

@@ -3,20 +3,19 @@ package sys
 import (
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
 )
 
 // ErrNotifier refuses a descriptor that notifies nobody.
-var ErrNotifier = errors.New("want an eventfd, a pipe or a socket")
+var ErrNotifier = errors.New("want an eventfd")
 
-// Notifier makes reads and writes of a descriptor from elsewhere return at once, and refuses what is no eventfd, pipe or socket: the kernel may ask
-// somebody in user space about any other file, at a poll already, and wait for the answer for as long as it takes. The flag belongs to
-// the open file, but whoever hands it over has no use for a notification that blocks.
+// Notifier makes reads and writes of an eventfd from elsewhere return at once, and refuses what is none. About a file the kernel may ask somebody in user
+// space, at a poll already, and wait for the answer for as long as it takes; an epoll descriptor passes that question on to what is in it. A pipe or a socket
+// is locked while somebody else's read or write of it waits for a page of his. The flag belongs to the open file, which others have too: see ReadNow.
 func Notifier(fd int) error {
-	known, err := notifierDevices()
+	known, err := anonymous()
 	if err != nil {
 		return err
 	}
@@ -24,38 +23,27 @@ func Notifier(fd int) error {
 	if err != nil {
 		return err
 	}
-	if !slices.Contains(known, dev) {
-		return fmt.Errorf("descriptor is a file: %w", ErrNotifier)
+	if dev != known || !looksAtWrites(fd) {
+		return fmt.Errorf("descriptor is something else: %w", ErrNotifier)
 	}
 	return unix.SetNonblock(fd, true)
 }
 
-// notifierDevices are the device numbers of the file systems, inside the kernel, that anonymous inodes, pipes and sockets are of.
-var notifierDevices = sync.OnceValues(func() (devices []uint64, err error) {
-	var pipe, pair [2]int
-	event, err := NewEventFD()
+// looksAtWrites tells an eventfd from others that have no file of their own, such as epoll's and timers: those take no write at all, whereas an eventfd looks
+// for what is written, and finds nothing at address 0.
+func looksAtWrites(fd int) bool {
+	_, _, errno := unix.Syscall(unix.SYS_WRITE, uintptr(fd), 0, 8)
+	return errno == unix.EFAULT
+}
+
+// anonymous is the number of the device that eventfds are on, which has no file systems of others.
+var anonymous = sync.OnceValues(func() (uint64, error) {
+	e, err := NewEventFD()
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
-	defer event.Close()
-	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
-		return nil, fmt.Errorf("pipe: %w", err)
-	}
-	defer unix.Close(pipe[0])
-	defer unix.Close(pipe[1])
-	if pair, err = unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
-		return nil, fmt.Errorf("socketpair: %w", err)
-	}
-	defer unix.Close(pair[0])
-	defer unix.Close(pair[1])
-	for _, fd := range []int{event.FD(), pipe[0], pair[0]} {
-		dev, err := device(fd)
-		if err != nil {
-			return nil, err
-		}
-		devices = append(devices, dev)
-	}
-	return devices, nil
+	defer e.Close()
+	return device(e.FD())
 })
 
 // device is the number of the device that fd's file is on. Nobody is asked for it.

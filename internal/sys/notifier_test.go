@@ -14,22 +14,31 @@ func TestNotifier(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer e.Close()
+	if err := unix.SetNonblock(e.FD(), false); err != nil {
+		t.Fatal(err)
+	}
+	if err := Notifier(e.FD()); err != nil {
+		t.Errorf("eventfd: %v", err)
+	}
+	if flags, err := unix.FcntlInt(uintptr(e.FD()), unix.F_GETFL, 0); err != nil || flags&unix.O_NONBLOCK == 0 {
+		t.Errorf("eventfd has flags %#x, %v", flags, err)
+	}
+	if e.Drain() {
+		t.Error("the eventfd was signalled")
+	}
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer r.Close()
 	defer w.Close()
-	if err := unix.SetNonblock(int(r.Fd()), false); err != nil {
-		t.Fatal(err)
-	}
-	for name, fd := range map[string]int{"eventfd": e.FD(), "pipe": int(r.Fd())} {
-		if err := Notifier(fd); err != nil {
-			t.Errorf("%s: %v", name, err)
+	open := func(fd int, err error) int {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
 		}
-		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0); err != nil || flags&unix.O_NONBLOCK == 0 {
-			t.Errorf("%s has flags %#x, %v", name, flags, err)
-		}
+		t.Cleanup(func() { unix.Close(fd) })
+		return fd
 	}
 	memory, err := unix.MemfdCreate("notifier", unix.MFD_CLOEXEC)
 	if err != nil {
@@ -41,7 +50,14 @@ func TestNotifier(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer zero.Close()
-	for name, fd := range map[string]int{"memory file": memory, "/dev/zero": int(zero.Fd())} {
+	for name, fd := range map[string]int{
+		"memory file": memory, "/dev/zero": int(zero.Fd()), "pipe": int(w.Fd()),
+		"socket": open(unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)),
+		// What is in it is asked at each poll, and may be a file of FUSE's, whose owner answers when he likes.
+		"epoll":   open(unix.EpollCreate1(unix.EPOLL_CLOEXEC)),
+		"timer":   open(unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_CLOEXEC)),
+		"inotify": open(unix.InotifyInit1(unix.IN_CLOEXEC)),
+	} {
 		if err := Notifier(fd); !errors.Is(err, ErrNotifier) {
 			t.Errorf("%s: %v", name, err)
 		}
