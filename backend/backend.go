@@ -164,6 +164,9 @@ func (b *Backend) serve(ctx context.Context, conn *vhostuser.Conn) {
 	if b.opts.Left != nil {
 		defer b.opts.Left()
 	}
+	if s.mute.Load() && b.opts.MessageRate >= 0 {
+		defer pause(ctx, bellPause) // others' workers may have waited with it
+	}
 	if err != nil && ctx.Err() == nil {
 		b.frontEndErrors.Add(1)
 		b.log.Warn("session ended", "error", err)

@@ -43,6 +43,7 @@ type queue struct {
 	kick       int   // descriptors of the front-end, -1 for none
 	call       int
 	errfd      int
+	bell       bell
 	done       chan struct{} // closed when the worker has let go of the ring
 
 	ring   *vring.Device
@@ -61,9 +62,11 @@ type queue struct {
 }
 
 func newQueue(s *session, index int, w *worker) *queue {
-	return &queue{
+	q := &queue{
 		s: s, index: index, fromGuest: index%2 == 1, dev: s.b.dev.Queue(index / 2), worker: w, kick: -1, call: -1, errfd: -1,
 	}
+	q.newBell()
+	return q
 }
 
 // lock takes the queue from its worker, between two batches; unlock lets the worker look at everything anew.
@@ -91,8 +94,8 @@ func (q *queue) close() {
 	q.lock()
 	defer q.unlock()
 	setFD(&q.kick, -1)
-	setFD(&q.call, -1)
-	setFD(&q.errfd, -1)
+	q.setBell(&q.call, -1)
+	q.setBell(&q.errfd, -1)
 	q.live.cut += uint64(q.rest.Len())
 	q.rest = zerocopy.Rest{}
 	q.fold()
@@ -187,7 +190,7 @@ func (s *session) SetVringCall(index int, fd int) error {
 		vhostuser.CloseFDs([]int{fd})
 		return fmt.Errorf("call of queue %d: %w", index, err)
 	}
-	setFD(&q.call, fd)
+	q.setBell(&q.call, fd)
 	if q.started {
 		q.notify()
 	}
@@ -201,7 +204,7 @@ func (s *session) SetVringErr(index int, fd int) error {
 		vhostuser.CloseFDs([]int{fd})
 		return fmt.Errorf("error descriptor of queue %d: %w", index, err)
 	}
-	setFD(&q.errfd, fd)
+	q.setBell(&q.errfd, fd)
 	return nil
 }
 

@@ -85,6 +85,7 @@ func (s *session) close() {
 type ending struct {
 	conn  *vhostuser.Conn
 	fault atomic.Pointer[error] // why the session ends
+	mute  atomic.Bool           // the front-end is not notified any more: see bell
 }
 
 // fail ends the session for err; any goroutine may call it.

@@ -122,16 +122,6 @@ func (q *queue) awake() {
 // drainKick empties a kick descriptor. It reports false for one that would only make the worker spin: at its end, or not readable.
 func drainKick(fd int) bool {
 	var b [8]byte
-	n, err := unix.Read(fd, b[:])
+	n, err := sys.ReadNow(fd, b[:])
 	return n > 0 || errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR)
-}
-
-// signal adds one to an eventfd of the front-end; -1 is none. A full counter is signalled already.
-func signal(fd int) bool {
-	if fd < 0 {
-		return true
-	}
-	one := [8]byte{1}
-	_, err := unix.Write(fd, one[:])
-	return err == nil || errors.Is(err, unix.EAGAIN)
 }

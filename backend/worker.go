@@ -288,7 +288,7 @@ func (q *queue) breakRing(err error) {
 	q.broken = err
 	q.s.b.guestErrors.Add(1)
 	q.s.b.log.Warn("queue stopped: the guest broke its ring", "queue", q.index, "error", err)
-	signal(q.errfd)
+	q.signal(q.errfd)
 }
 
 // deviceError ends reception: nothing will come from this device.
@@ -306,7 +306,7 @@ func (q *queue) notify() {
 		return
 	}
 	q.live.calls++
-	if !signal(q.call) {
+	if !q.signal(q.call) {
 		q.live.callErrors++
 	}
 }

@@ -31,7 +31,7 @@ const prSetVMA = 0x53564d41
 // groups is all that is ever allowed.
 var groups = []group{
 	{what: "moving frames between descriptors, and Go's runtime", calls: []string{
-		"futex", "ppoll", "read", "write", "readv", "writev", "recvmsg", "recvmmsg", "recvfrom",
+		"futex", "ppoll", "read", "write", "readv", "preadv2", "writev", "recvmsg", "recvmmsg", "recvfrom",
 		"epoll_pwait", "epoll_wait", "nanosleep", "sched_yield", "poll", "clock_nanosleep", "clock_gettime", "gettimeofday",
 		"rt_sigreturn", "rt_sigprocmask", "rt_sigaction", "sigaltstack", "restart_syscall",
 		"madvise", "munmap", "mremap", "mincore", "sched_getaffinity", "getpid", "gettid", "getuid", "geteuid", "getgid", "getegid", "getgroups", "getppid", "getcpu", "getrandom", "getrusage",

@@ -1,0 +1,125 @@
+package backend_test
+
+import (
+	"math"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/internal/vhosttest"
+	"github.com/vhostd/vhostd/virtio"
+)
+
+// within checks that f, which asks the back-end something, is not held up by a session that somebody keeps waiting.
+func within(t *testing.T, what string, f func()) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() { f(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(5 * time.Second):
+		t.Fatalf("%s waits", what)
+	}
+}
+
+// fill makes writes of an eventfd wait, whoever looked at it before.
+func fill(t *testing.T, fd int) {
+	t.Helper()
+	drain(fd)
+	if _, err := unix.Write(fd, u64(math.MaxUint64-1)); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.SetNonblock(fd, false); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func drain(fd int) {
+	unix.SetNonblock(fd, true)
+	unix.Read(fd, make([]byte, 8))
+}
+
+// Who hands over a descriptor keeps the open file: he can make it block again, and fill its counter, after it was looked at.
+func TestF18BlockingAgain(t *testing.T) {
+	for name, ring := range map[string]func(e *end, fd int) error{
+		"call": func(e *end, fd int) error {
+			if err := e.FE.SetVringCall(1, fd); err != nil {
+				return err
+			}
+			fill(t, fd)
+			q := e.Transmitq(0)
+			q.Driver.EnableCall()
+			_, err := q.Add(virtio.NetHdr{}, vhosttest.Frame(0, 100), nil)
+			q.Flush()
+			return err
+		},
+		"err": func(e *end, fd int) error {
+			if err := e.FE.SetVringErr(1, fd); err != nil {
+				return err
+			}
+			fill(t, fd)
+			q := e.Transmitq(0)
+			q.Driver.RawSetAvailIndex(0x1000)
+			q.Kick.Signal()
+			return nil
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			vhosttest.NoLeaks(t)
+			n := newNeighbour(t)
+			e := start(t, newDevice(t, 1), vhosttest.Options{Without: virtio.FEventIdx})
+			fd := must(unix.Eventfd(0, unix.EFD_CLOEXEC))
+			defer unix.Close(fd)
+			defer drain(fd)
+			if err := ring(e, fd); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(50 * time.Millisecond)
+			within(t, "Stats", func() { e.be.Stats() })
+			n.goesOn(t)
+			e.Hangup()
+			vhosttest.Eventually(t, "the session's end", func() bool { return !e.be.Stats().Connected })
+			e.Connect()
+			e.Reboot()
+			e.StartQueues()
+			e.dev.wires[0].got()
+			e.works(t)
+		})
+	}
+}
+
+// Of a kick that is readable the guest can take the count before the worker does.
+func TestF18KickTakenBack(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	n := newNeighbour(t)
+	e := attack(t, vhosttest.Options{})
+	fd := e.Transmitq(0).Kick.FD()
+	if err := unix.SetNonblock(fd, false); err != nil {
+		t.Fatal(err)
+	}
+	var over atomic.Bool
+	done := make(chan struct{})
+	go func() { // it waits for the count as the worker does, and often has it first
+		defer close(done)
+		for b := make([]byte, 8); !over.Load(); {
+			unix.Read(fd, b)
+		}
+	}()
+	defer func() {
+		over.Store(true)
+		unix.SetNonblock(fd, true)
+		unix.Write(fd, u64(1))
+		<-done
+	}()
+	for range 2000 {
+		if _, err := unix.Write(fd, u64(1)); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(100 * time.Microsecond)
+		within(t, "Stats", func() { e.be.Stats() })
+	}
+	e.works(t)
+	n.goesOn(t)
+}
