@@ -1,7 +1,10 @@
 package backend_test
 
 import (
+	"errors"
 	"math"
+	"slices"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -9,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/internal/vhosttest"
+	"github.com/vhostd/vhostd/vhostuser"
 	"github.com/vhostd/vhostd/virtio"
 )
 
@@ -107,12 +111,13 @@ func TestF18KickTakenBack(t *testing.T) {
 			unix.Read(fd, b)
 		}
 	}()
-	defer func() {
+	stop := sync.OnceFunc(func() {
 		over.Store(true)
 		unix.SetNonblock(fd, true)
 		unix.Write(fd, u64(1))
 		<-done
-	}()
+	})
+	defer stop()
 	for range 2000 {
 		if _, err := unix.Write(fd, u64(1)); err != nil {
 			t.Fatal(err)
@@ -120,6 +125,68 @@ func TestF18KickTakenBack(t *testing.T) {
 		time.Sleep(100 * time.Microsecond)
 		within(t, "Stats", func() { e.be.Stats() })
 	}
+	stop()
 	e.works(t)
 	n.goesOn(t)
+}
+
+// lingering is a socket whose close waits, for as long as whoever made it likes, for a peer that does not read.
+func lingering(t *testing.T) (fd int, release func()) {
+	t.Helper()
+	l := must(unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0))
+	release = sync.OnceFunc(func() { unix.Close(l) })
+	t.Cleanup(release)
+	if err := errors.Join(unix.Bind(l, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), unix.Listen(l, 1)); err != nil {
+		t.Fatal(err)
+	}
+	at, err := unix.Getsockname(l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := must(unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0))
+	if err := unix.Connect(s, at); err != nil {
+		t.Fatal(err)
+	}
+	unix.SetNonblock(s, true)
+	for {
+		if _, err := unix.Write(s, make([]byte, 1<<16)); err != nil {
+			break
+		}
+	}
+	unix.SetNonblock(s, false)
+	if err := unix.SetsockoptLinger(s, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 30}); err != nil {
+		t.Fatal(err)
+	}
+	return s, release
+}
+
+// A close can wait for whoever the descriptor leads to. That holds up the session that it came with, and nobody who asks about it.
+func TestF18CloseThatWaits(t *testing.T) {
+	region := slices.Concat(u64(0), u64(1<<40), u64(4096), u64(1<<40), u64(0))
+	for name, m := range map[string][]byte{
+		"kick":   append(header(vhostuser.ReqSetVringKick, vhostuser.FlagVersion, 8), u64(1)...),
+		"memory": append(header(vhostuser.ReqAddMemReg, vhostuser.FlagVersion, len(region)), region...),
+		"none":   header(vhostuser.ReqGetFeatures, vhostuser.FlagVersion, 0),
+	} {
+		t.Run(name, func(t *testing.T) {
+			vhosttest.NoLeaks(t)
+			n := newNeighbour(t)
+			e := attack(t, vhosttest.Options{})
+			fd, release := lingering(t)
+			e.raw(t, m[:1], fd)
+			time.Sleep(50 * time.Millisecond) // it is the back-end's now
+			unix.Close(fd)
+			e.raw(t, m[1:])
+			time.Sleep(50 * time.Millisecond)
+			within(t, "Stats", func() { e.be.Stats() })
+			e.Hangup()
+			within(t, "the end of the session", func() {
+				for e.be.Stats().Connected {
+					time.Sleep(time.Millisecond)
+				}
+			})
+			n.goesOn(t)
+			release()
+		})
+	}
 }

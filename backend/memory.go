@@ -12,7 +12,7 @@ import (
 
 // SetMemTable implements vhostuser.Handler. On error the old memory stays.
 func (s *session) SetMemTable(regions []vhostuser.MemoryRegion, fds []int) error {
-	defer vhostuser.CloseFDs(fds)
+	defer s.discardFDs(fds...)
 	var mapped []*guestmem.Region
 	for i, r := range regions {
 		m, err := s.mapRegion(r, fds[i])
@@ -32,7 +32,7 @@ func (s *session) SetMemTable(regions []vhostuser.MemoryRegion, fds []int) error
 // AddMemReg implements vhostuser.Handler. A front-end may add the same region once for each queue pair, as QEMU does up to 8.0; then it
 // is removed as often, and goes with the last.
 func (s *session) AddMemReg(r vhostuser.MemoryRegion, fd int) error {
-	defer vhostuser.CloseFDs([]int{fd})
+	defer s.discardFDs(fd)
 	m, err := s.mapRegion(r, fd)
 	if err != nil {
 		return err

@@ -172,7 +172,7 @@ func (s *session) GetVringBase(index int) (uint32, error) {
 func (s *session) SetVringKick(index int, fd int) error {
 	q := s.queues[index]
 	if err := checkNotifier(fd); err != nil {
-		vhostuser.CloseFDs([]int{fd})
+		s.discardFDs(fd)
 		return fmt.Errorf("kick of queue %d: %w", index, err)
 	}
 	setFD(&q.kick, fd)
@@ -187,7 +187,7 @@ func (s *session) SetVringKick(index int, fd int) error {
 func (s *session) SetVringCall(index int, fd int) error {
 	q := s.queues[index]
 	if err := checkNotifier(fd); err != nil {
-		vhostuser.CloseFDs([]int{fd})
+		s.discardFDs(fd)
 		return fmt.Errorf("call of queue %d: %w", index, err)
 	}
 	q.setBell(&q.call, fd)
@@ -201,7 +201,7 @@ func (s *session) SetVringCall(index int, fd int) error {
 func (s *session) SetVringErr(index int, fd int) error {
 	q := s.queues[index]
 	if err := checkNotifier(fd); err != nil {
-		vhostuser.CloseFDs([]int{fd})
+		s.discardFDs(fd)
 		return fmt.Errorf("error descriptor of queue %d: %w", index, err)
 	}
 	q.setBell(&q.errfd, fd)

@@ -27,6 +27,8 @@ type session struct {
 	mtu     uint16
 	status  atomic.Uint32
 
+	discarded []int // descriptors that are to be closed when no queue is locked
+
 	features  atomic.Uint64 // negotiated
 	protocol  vhostuser.ProtocolFeatures
 	activated int // pairs that the device was told are in use
@@ -91,7 +93,7 @@ type ending struct {
 // fail ends the session for err; any goroutine may call it.
 func (e *ending) fail(err error) {
 	if e.fault.CompareAndSwap(nil, &err) {
-		_ = e.conn.Close()
+		go e.conn.Close() // of this front-end's, on what may be another guest's worker: see Conn.Close
 	}
 }
 
@@ -113,8 +115,13 @@ func (s *session) pause(scope vhostuser.Pause, index int) (resume func()) {
 		for _, q := range queues {
 			q.unlock()
 		}
+		vhostuser.CloseFDs(s.discarded)
+		s.discarded = nil
 	}
 }
+
+// discardFDs closes descriptors of the front-end's once the request is served: whoever handed them over can have that take a while.
+func (s *session) discardFDs(fds ...int) { s.discarded = append(s.discarded, fds...) }
 
 // others runs f with every queue locked but q, whose lock is held already.
 func (s *session) others(q *queue, f func()) {

@@ -99,11 +99,11 @@ func NewConnFD(fd int, opts ConnOptions) (*Conn, error) {
 	return NewConn(sock, opts), nil
 }
 
-// Close ends the connection and wakes up whoever reads or writes. It may be called more than once.
+// Close ends the connection and wakes up whoever reads or writes. It may be called more than once. Where the peer has sent what closes slowly, it takes a moment.
 func (c *Conn) Close() error {
 	c.closing.Do(func() {
 		close(c.closed)
-		c.err = c.sock.Close()
+		c.err = aside(c.sock.Close)
 	})
 	return c.err
 }

@@ -2,8 +2,11 @@ package vhostuser
 
 import (
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/internal/sys"
 )
 
 // Limits of any message.
@@ -77,11 +80,46 @@ func (m *Message) TakeFDs() []int {
 // CloseFDs closes the descriptors that nobody has taken.
 func (m *Message) CloseFDs() { CloseFDs(m.TakeFDs()) }
 
-// CloseFDs closes the descriptors; -1 stands for none.
+// CloseFDs closes descriptors that came from the peer; -1 stands for none. See aside: it may take a moment for each, and no lock should be held.
 func CloseFDs(fds []int) {
 	for _, fd := range fds {
-		if fd >= 0 {
-			unix.Close(fd)
+		switch {
+		case fd < 0:
+		case sys.ClosesAtOnce(fd):
+			_ = unix.Close(fd)
+		default:
+			_ = aside(func() error { return unix.Close(fd) })
 		}
+	}
+}
+
+const (
+	asideWait = 100 * time.Millisecond // for what is done aside
+	asideMost = 64                     // closes at once, of the whole process: each has a thread
+)
+
+var asides = make(chan struct{}, asideMost)
+
+// aside runs f, which closes something of the peer's, and waits for it no longer than asideWait. A file's server in user space is asked about a close, and a socket can
+// linger for its own peer, as can those in messages that are unread when a connection is closed: whoever sent them says how long that takes. Beyond
+// asideMost whoever closes waits himself, and that is who sends such things.
+func aside(f func() error) error {
+	select {
+	case asides <- struct{}{}:
+	default:
+		return f()
+	}
+	done := make(chan error, 1)
+	go func() {
+		defer func() { <-asides }()
+		done <- f()
+	}()
+	t := time.NewTimer(asideWait)
+	defer t.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-t.C:
+		return nil
 	}
 }

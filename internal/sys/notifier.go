@@ -29,6 +29,19 @@ func Notifier(fd int) error {
 	return unix.SetNonblock(fd, true)
 }
 
+// ClosesAtOnce tells of an eventfd, and of a file of shared memory, that nobody is asked and nothing waited for when it is closed. Of others it may not be so.
+func ClosesAtOnce(fd int) bool {
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0); err == nil {
+		return true
+	}
+	known, err := anonymous()
+	if err != nil {
+		return false
+	}
+	dev, err := device(fd)
+	return err == nil && dev == known && looksAtWrites(fd)
+}
+
 // looksAtWrites tells an eventfd from others that have no file of their own, such as epoll's and timers: those take no write at all, whereas an eventfd looks
 // for what is written, and finds nothing at address 0.
 func looksAtWrites(fd int) bool {
