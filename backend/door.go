@@ -31,12 +31,17 @@ func (q *queue) Try(d netdev.Deliverer) (state netdev.DoorState) {
 	return netdev.DoorOpen
 }
 
-// deliver is receive for frames that d has.
+// deliver is receive for frames that d has. The rest of a frame that was cut is the receiveq's worker's: d has done with that frame, and the guest does not say that
+// it has posted more unless it is asked to, which only the worker does.
 func (q *queue) deliver(d netdev.Deliverer, p *zerocopy.Posted) {
-	if p.Lent() > 0 || !p.Flush() {
-		return // what the device or an earlier frame has begun goes first
+	if p.Lent() > 0 {
+		return // what the device has begun goes first, as does what an earlier frame has
 	}
-	d.Deliver(p)
+	if p.Flush() {
+		if d.Deliver(p); p.Waiting() > 0 {
+			q.worker.signal()
+		}
+	}
 	q.publish()
 	if err := p.Err(); err != nil {
 		q.breakRing(err)
@@ -44,9 +49,10 @@ func (q *queue) deliver(d netdev.Deliverer, p *zerocopy.Posted) {
 }
 
 // unwoundAtDoor is unwound for a delivery on another thread: when it was not this guest's memory that faulted, it is the session of the frame's sender that
-// ends, and nothing here was half done.
+// ends, and nothing here was half done. What was written before that frame is still to be published, and of one that was cut there may be a rest.
 func (q *queue) unwoundAtDoor(f *shm.Fault) netdev.DoorState {
 	if q.unwound(f) {
+		q.worker.signal()
 		return netdev.DoorOpen
 	}
 	return netdev.DoorShut

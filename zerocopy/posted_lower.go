@@ -75,6 +75,9 @@ func (p *Posted) Flush() bool {
 	return true
 }
 
+// Waiting is the number of frames that wait for room in private memory: the rest of one that was cut.
+func (p *Posted) Waiting() int { return len(p.pending) }
+
 // Rest is what waited for room when a receiveq stopped, in private memory. The zero Rest is nothing.
 type Rest struct {
 	segments []segment

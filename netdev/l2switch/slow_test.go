@@ -287,3 +287,34 @@ func TestPortsComeAndGoUnderTraffic(t *testing.T) {
 		}
 	}
 }
+
+// TestCutFrameArrivesWhole: a frame is cut for its receiver, who has posted too little for all of it, and no other frame comes after. What is left goes out as
+// soon as more is posted, although the sender, on whose thread it was cut, has nothing more to do with it.
+func TestCutFrameArrivesWhole(t *testing.T) {
+	for name, o := range map[string]vhosttest.Options{
+		"split": {Without: virtio.FEventIdx}, "event index": {}, "packed": {Packed: true}, "packed, no event index": {Packed: true, Without: virtio.FEventIdx},
+	} {
+		t.Run(name, func(t *testing.T) {
+			vhosttest.NoLeaks(t)
+			s := newSwitch(t, l2switch.Config{})
+			a := start(t, s, l2switch.PortConfig{Name: "a"}, vhosttest.Options{SendSize: 1 << 16})
+			o.QueueSize, o.Without = 16, o.Without|virtio.FNetGuestTSO4
+			b := start(t, s, l2switch.PortConfig{Name: "b"}, o)
+			const segments, size = 50, 1000
+			f := ether(everybody, mac(1), tIPv4, ip4("192.0.2.1", "192.0.2.2", pTCP, 0, make([]byte, 20+segments*size)...))
+			f[34+12] = 5 << 4
+			hdr := virtio.NetHdr{Flags: virtio.NetHdrNeedsCsum, GSOType: virtio.GSOTCPv4, GSOSize: size, CsumStart: 34, CsumOffset: 16}
+			for range 3 {
+				time.Sleep(5 * time.Millisecond) // the receiveq's worker sleeps until there is a frame
+				if err := a.Send(0, hdr, f, nil); err != nil {
+					t.Fatal(err)
+				}
+				for range segments {
+					if got := b.recv(t); len(got) != 54+size {
+						t.Fatalf("%d bytes, want a segment of %d", len(got), 54+size)
+					}
+				}
+			}
+		})
+	}
+}
