@@ -46,6 +46,7 @@ type Posted struct {
 	err         error
 	typical     int // bytes of the last frame, with its header
 	lent        int // chains from first on that are lent; see Lend
+	refused     int // chains since Flush was called last
 	Stats       PostedStats
 
 	flat      [][]byte // segments of the chains [first, flattened), from flatStart
@@ -87,13 +88,17 @@ func (p *Posted) held() int { return int(p.last - p.first) }
 
 func (p *Posted) front() *vring.Chain { return &p.chains[p.first&p.mask] }
 
-// pop takes another chain from the ring.
+// maxRefused is how many malformed chains are returned in one turn. Each may be as long as the queue, all over the same descriptors: a ring full of them would keep
+// the thread that has a frame, which is another guest's with a netdev.Door, for seconds.
+const maxRefused = 8
+
+// pop takes another chain from the ring. After maxRefused it is as if there were none: more wait for the next turn, which EnableKick tells of.
 func (p *Posted) pop() bool {
 	if p.held() == 0 {
 		p.first, p.last, p.flattened = 0, 0, 0
 		p.flat, p.flatStart = p.flat[:0], 0
 	}
-	for p.held() < len(p.chains) {
+	for p.held() < len(p.chains) && p.refused < maxRefused {
 		c := &p.chains[p.last&p.mask]
 		switch p.ring.Pop(c) {
 		case vring.Empty:
@@ -122,6 +127,7 @@ func (p *Posted) refuse(head uint16) {
 	p.flat, p.flatStart = p.flat[:0], 0
 	p.ring.Put(head, 0)
 	p.Stats.Malformed++
+	p.refused++
 }
 
 // Write copies a frame into the guest's buffers. frags are the frame without virtio-net header, in any number of pieces; hdr describes it,
@@ -139,7 +145,7 @@ func (p *Posted) WriteWords(first uint64, last uint32, frags [][]byte) WriteResu
 	if p.lent > 0 {
 		p.refuseLent()
 	}
-	if len(p.pending) > 0 && !p.Flush() {
+	if len(p.pending) > 0 && !p.flush() {
 		return NoRoom
 	}
 	if !virtio.NetHdrAsks(first) {
@@ -297,7 +303,7 @@ func (p *Posted) Space(min int) (segs [][]byte, total int) {
 	if p.lent > 0 {
 		p.refuseLent()
 	}
-	if len(p.pending) > 0 && !p.Flush() {
+	if len(p.pending) > 0 && !p.flush() {
 		return nil, 0
 	}
 	if p.ensure(min) == NoRoom && p.held() == 0 {

@@ -54,8 +54,13 @@ func (p *Posted) keep(hdr virtio.NetHdr) {
 	p.pending = p.pending[:n+1] // last: the sender's memory may fault, and half a frame is none
 }
 
-// Flush writes what is left of a frame that was cut. It reports false when the guest has not posted enough.
+// Flush begins a turn: it writes what is left of a frame that was cut. It reports false when the guest has not posted enough.
 func (p *Posted) Flush() bool {
+	p.refused = 0
+	return p.flush()
+}
+
+func (p *Posted) flush() bool {
 	for i := range p.pending {
 		s := &p.pending[i]
 		p.parts = append(p.parts[:0], s.data)

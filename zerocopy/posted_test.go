@@ -148,6 +148,43 @@ func TestPostedMalformed(t *testing.T) {
 	}
 }
 
+// TestPostedMalformedFlood: a frame that meets a ring of chains that cannot receive is not what returns all of them, with good ones between them or not. It waits, the ring
+// tells of more, and its turn comes.
+func TestPostedMalformedFlood(t *testing.T) {
+	for name, good := range map[string]bool{"bad": false, "good and bad": true} {
+		t.Run(name, func(t *testing.T) {
+			const bad, most = 100, 8
+			g := newPosts(t, 256)
+			for range bad {
+				if good {
+					g.add(100)
+				}
+				g.post(12)
+			}
+			g.add(2000)
+			p := NewPosted(g.ring, features)
+			turns := 0
+			for before := uint64(0); ; turns++ {
+				p.Flush()
+				r := p.Write(virtio.NetHdr{}, [][]byte{frame(1000, 1)})
+				if n := p.Stats.Malformed - before; n > most {
+					t.Fatalf("%d malformed chains were returned in one turn, want %d at most", n, most)
+				}
+				if before = p.Stats.Malformed; r == Written {
+					break
+				}
+				p.ring.Publish()
+				if r != NoRoom || !p.ring.EnableKick() {
+					t.Fatalf("result %v after %d malformed chains, and the ring tells of none", r, before)
+				}
+			}
+			if p.Stats.Malformed != bad || turns < bad/most {
+				t.Errorf("%d malformed chains in %d turns", p.Stats.Malformed, turns)
+			}
+		})
+	}
+}
+
 func TestPostedSpaceAndCommit(t *testing.T) {
 	for _, n := range []int{72, 1000, 3500, 14000} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
