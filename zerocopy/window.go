@@ -255,12 +255,21 @@ func (w *Window) retire(state uint32) {
 	if w.blocked != 0 {
 		w.unblock()
 	}
-	c := &w.chains[w.tail&w.mask]
+	i := w.tail & w.mask
+	c := &w.chains[i]
 	w.tail++ // first: guest memory may fault under Put
 	if cap(c.Segs) > keepSegs {
-		c.Segs = nil
+		w.shrink(i)
 	}
 	w.ring.Put(c.Head, 0)
+}
+
+// shrink gives up the memory that a long chain took in slot i, which is done. The frame's fragments are the same memory as the chain's segments.
+func (w *Window) shrink(i uint64) {
+	w.chains[i].Segs = nil
+	if b := w.slots[i].buf; b != nil {
+		b.segs, b.bufs = nil, nil
+	}
 }
 
 // block and unblock time how long the used ring waits for one slot.
