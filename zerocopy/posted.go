@@ -223,7 +223,7 @@ func (p *Posted) ensure(total int) WriteResult {
 		return TooBig
 	}
 	for p.room < total {
-		if p.held() == maxMerge {
+		if p.held() >= maxMerge { // more are held where more were lent
 			return TooBig
 		}
 		if p.pop() {

@@ -84,7 +84,7 @@ func (p *Posted) popAhead() bool {
 // popRun holds a run of chains more, and asks for the memory of those that come next. It returns how many there were.
 func (p *Posted) popRun() (n int) {
 	at := int(p.last & p.mask)
-	room := min(lookAhead-1, len(p.chains)-at, len(p.chains)-p.held())
+	room := min(lookAhead-1, len(p.chains)-at, min(len(p.chains), maxMerge)-p.held())
 	run := p.chains[at : at+room]
 	run = run[:p.ring.PopRun(run)]
 	for i := range run {
@@ -141,7 +141,7 @@ func (p *Posted) spanAhead(total int) (n int) {
 		return 0
 	}
 	for ; total > 0; n++ {
-		if n == p.held() && (n == maxMerge || p.popRun() == 0) {
+		if n == p.held() && (n >= maxMerge || p.popRun() == 0) {
 			return 0
 		}
 		c := &p.chains[(p.first+uint64(n))&p.mask]

@@ -176,3 +176,25 @@ func TestRunAfterLongChains(t *testing.T) {
 		})
 	}
 }
+
+// TestMergeLimit: a frame is merged over maxMerge buffers and no more, in one piece or in several, whatever runs the buffers were popped in.
+func TestMergeLimit(t *testing.T) {
+	const small = virtio.NetHdrSize + 1
+	for _, posted := range []int{maxMerge + 5, maxMerge + 500} {
+		for pieces := 1; pieces <= 2; pieces++ {
+			for extra, want := range []WriteResult{Written, TooBig} {
+				g := newPosts(t, 2*maxMerge)
+				for range posted {
+					g.add(small)
+				}
+				p := NewPosted(g.ring, features)
+				data := frame(maxMerge*small-virtio.NetHdrSize+extra, 1)
+				frags := [][]byte{data, nil}[:pieces]
+				if got := p.Write(virtio.NetHdr{}, frags); got != want {
+					t.Errorf("%d bytes more than %d of %d buffers hold, in %d pieces: result %v, want %v", extra, maxMerge, posted, pieces, got, want)
+				}
+				p.GiveBack()
+			}
+		}
+	}
+}
