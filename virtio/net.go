@@ -82,6 +82,10 @@ func NetHdrWords(b []byte) (first uint64, last uint32) {
 	return first, uint32(binary.LittleEndian.Uint16(b[8:]))
 }
 
+// NetHdrSent is the first of the Words of a header that a driver has sent, without the flags that are not a driver's to set: a device ignores these, DATA_VALID and
+// RSC_INFO too, which mean something in the other direction alone (virtio-v1.2 §5.1.6.2.2).
+func NetHdrSent(first uint64) uint64 { return first &^ (0xff &^ NetHdrNeedsCsum) }
+
 // Encode writes the header into b, which is 10 or 12 bytes long.
 func (h NetHdr) Encode(b []byte) {
 	first, last := h.Words()

@@ -117,8 +117,8 @@ func (b *Buffer) Header() virtio.NetHdr {
 // the cache, and so behind all stores to guests' memory before.
 func (b *Buffer) HeaderWords() (first uint64, last uint32) {
 	if b.hdrSrc != nil {
-		b.first, b.last = virtio.NetHdrWords(b.hdrSrc)
-		b.hdrSrc = nil
+		first, last := virtio.NetHdrWords(b.hdrSrc)
+		b.first, b.last, b.hdrSrc = virtio.NetHdrSent(first), last, nil
 	}
 	return b.first, b.last
 }

@@ -438,6 +438,28 @@ func TestContract13HeaderReadOnce(t *testing.T) {
 	}
 }
 
+// TestFlagsOfDriver: of a header's flags only the one that a driver may set is seen, wherever the header lies (virtio-v1.2 §5.1.6.2.2).
+func TestFlagsOfDriver(t *testing.T) {
+	for _, lens := range [][]int{{72}, {12, 60}, {5, 67}} {
+		for _, flags := range []int{0, 1, 2, 3, 4, 0x80, 0xfe, 0xff} {
+			g := newGuest(t, 16, features)
+			w := g.window()
+			data := frame(60, 1)
+			hdr := virtio.NetHdr{Flags: uint8(flags), HdrLen: 1, GSOSize: 2, CsumStart: 34, CsumOffset: 16}
+			all := make([]byte, virtio.NetHdrSize)
+			hdr.Encode(all)
+			g.sendBytes(append(all, data...), lens...)
+			b := pop(t, w)[0]
+			hdr.Flags &= virtio.NetHdrNeedsCsum
+			if got := b.Header(); got != hdr {
+				t.Errorf("lengths %v, flags %#x: header %+v, want %+v", lens, flags, got, hdr)
+			}
+			b.Release(Copied)
+			w.Close()
+		}
+	}
+}
+
 // 14: the counters of a queue.
 func TestContract14Counters(t *testing.T) {
 	g := newGuest(t, 8, features)

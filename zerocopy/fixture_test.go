@@ -103,7 +103,12 @@ func (g *guest) send(hdr virtio.NetHdr, data []byte) (id uint16, mem []byte) {
 // sendParts makes a chain available whose buffers have the given lengths, of which the first bytes are the header.
 func (g *guest) sendParts(data []byte, lens ...int) uint16 {
 	g.t.Helper()
-	all := append(make([]byte, virtio.NetHdrSize), data...)
+	return g.sendBytes(append(make([]byte, virtio.NetHdrSize), data...), lens...)
+}
+
+// sendBytes is sendParts of a frame that has its header with it.
+func (g *guest) sendBytes(all []byte, lens ...int) uint16 {
+	g.t.Helper()
 	var bufs []vring.Buf
 	for _, n := range lens {
 		a := g.alloc(n)

@@ -204,7 +204,8 @@ func (w *Window) gatherHeader(b *Buffer, c *vring.Chain) {
 		}
 	}
 	b.hdrSrc = nil
-	b.first, b.last = virtio.NetHdrWords(private[:w.hdrLen])
+	first, last := virtio.NetHdrWords(private[:w.hdrLen])
+	b.first, b.last = virtio.NetHdrSent(first), last
 	b.segs = c.Segs[i:]
 }
 

@@ -192,3 +192,30 @@ func inOrder(t testing.TB, v vm, n int) {
 		}
 	}
 }
+
+// TestFlagsStayBehind: what a sender claims of its own frame's checksum, or sets of flags that mean something only in the other direction, does not reach another
+// guest as the device's word (virtio-v1.2 §5.1.6.4.1).
+func TestFlagsStayBehind(t *testing.T) {
+	s := newSwitch(t, l2switch.Config{})
+	a := start(t, s, l2switch.PortConfig{Name: "a"}, vhosttest.Options{})
+	b := start(t, s, l2switch.PortConfig{Name: "b"}, vhosttest.Options{})
+	for i, c := range []struct{ sent, want virtio.NetHdr }{
+		{virtio.NetHdr{Flags: virtio.NetHdrDataValid}, virtio.NetHdr{NumBuffers: 1}},
+		{virtio.NetHdr{Flags: 0xfe, CsumStart: 7, CsumOffset: 3}, virtio.NetHdr{NumBuffers: 1}},
+		{
+			virtio.NetHdr{Flags: 0xff, CsumStart: 34, CsumOffset: 16},
+			virtio.NetHdr{Flags: virtio.NetHdrNeedsCsum, CsumStart: 34, CsumOffset: 16, NumBuffers: 1},
+		},
+	} {
+		if err := a.Send(0, c.sent, frame(everybody, mac(1), uint64(i), 100), nil); err != nil {
+			t.Fatal(err)
+		}
+		hdr, f, err := b.Recv(0, vhosttest.Patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if seq, err := number(f); err != nil || seq != uint64(i) || hdr != c.want {
+			t.Errorf("%+v arrived as %+v, want %+v (frame %d, %v)", c.sent, hdr, c.want, seq, err)
+		}
+	}
+}
