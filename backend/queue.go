@@ -246,8 +246,9 @@ func (q *queue) open() error {
 	if err := q.openRing(); err != nil {
 		return err
 	}
+	q.bad = 0
 	if q.fromGuest {
-		q.window, q.bad = zerocopy.NewWindow(q.ring, q.feat, q.worker.signal), 0
+		q.window = zerocopy.NewWindow(q.ring, q.feat, q.worker.signal)
 		q.check = !q.s.b.dev.Capabilities().IgnoresHeader
 	} else {
 		q.posted = zerocopy.NewPosted(q.ring, q.feat)

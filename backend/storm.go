@@ -16,11 +16,16 @@ const (
 	wastePause   = time.Millisecond // for a batch of them
 )
 
-// wasted weighs the chains of a transmitq that were worked on for nothing against the frames that it held, and tells whether there were too many: the worker
+// wasted weighs the chains of a queue that were worked on for nothing against the frames that it carried, and tells whether there were too many: the worker
 // then has a pause after each batch, and the processor is others'. A guest that sends as many good frames as bad chains is not held up, and one that mends
 // its ways soon is not.
 func (q *queue) wasted(frames int) bool {
-	bad := q.window.Stats.Malformed + q.live.invalid
+	bad := q.live.invalid
+	if q.window != nil {
+		bad += q.window.Stats.Malformed
+	} else {
+		bad += q.posted.Stats.Malformed
+	}
 	if bad == q.bad && q.waste == 0 {
 		return false
 	}

@@ -73,6 +73,51 @@ func TestWorthlessChains(t *testing.T) {
 	n.goesOn(t)
 }
 
+// TestWorthlessBuffers is TestWorthlessChains of a receiveq: a frame waits for a buffer, and the guest posts none that can take any.
+func TestWorthlessBuffers(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	n := newNeighbour(t)
+	d := newDevice(t, 1)
+	e := &end{dev: d, be: serve(t, d)}
+	e.Guest = vhosttest.New(t, e.be, vhosttest.Options{Direct: true})
+	e.Connect()
+	for _, q := range e.Queues {
+		q.Start() // nothing is posted
+	}
+	const chains, free, batch = 4000, 2048, 8 // free before the first pause; at most so many in a turn
+	q, begin := e.Receiveq(0), time.Now()
+	bad := []vhosttest.Piece{{GPA: e.Mem.Alloc(virtio.NetHdrSize, 8), Len: virtio.NetHdrSize}}
+	d.wires[0].push(parcel{data: vhosttest.Frame(7, 500)})
+	for posted, back := 0, 0; back < chains; {
+		for posted < chains {
+			if _, err := q.Driver.Add(nil, bad); errors.Is(err, vring.ErrFull) {
+				break
+			} else if err != nil {
+				t.Fatal(err)
+			}
+			posted++
+		}
+		q.Flush()
+		if _, _, ok := q.Driver.Reap(); ok {
+			back++
+			continue
+		}
+		if err := q.Wait(vhosttest.Patience); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if took, least := time.Since(begin), (chains-free)/batch*time.Millisecond; took < least {
+		t.Errorf("%d buffers that take no frame were returned in %v, want %v at least", chains, took, least)
+	}
+	if err := q.Post(); err != nil {
+		t.Fatal(err)
+	}
+	if _, f, err := e.Recv(0, vhosttest.Patience); err != nil || check(f, 7) != nil {
+		t.Errorf("the frame that waited: %v, %v", err, check(f, 7))
+	}
+	n.goesOn(t)
+}
+
 // TestReconnectStorm: front-ends that come and go as fast as they can are served at a rate, and the Backend ends when it is told to all the same.
 func TestReconnectStorm(t *testing.T) {
 	vhosttest.NoLeaks(t)

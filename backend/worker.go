@@ -255,6 +255,9 @@ func (q *queue) receive(arm bool) step {
 	case err != nil:
 		q.deviceError(err)
 		return wait
+	case (n > 0 || p.Stats.Malformed != q.bad) && q.wasted(n):
+		q.ring.DisableKick()
+		return vain
 	case n > 0:
 		q.ring.DisableKick()
 		return again
