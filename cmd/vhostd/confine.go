@@ -23,11 +23,19 @@ func (s settings) confine(p *port, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	logConfined(log, r)
+	return nil
+}
+
+// logConfined says what was done. What only few kernels can do is no warning: there is nothing that an administrator could see to.
+func logConfined(log *slog.Logger, r confine.Report) {
 	for _, what := range r.Missing {
 		log.Warn("confined as far as this host can: there is no " + what)
 	}
+	for _, what := range r.Newer {
+		log.Info("a newer kernel confines further: here there is no " + what)
+	}
 	log.Info("confined", "landlock", r.Landlock, "seccomp", r.Seccomp, "capabilities", r.Caps.String(), "uid", os.Getuid(), "gid", os.Getgid())
-	return nil
 }
 
 // daemonNeeds are those of everything around a port: the control socket, metrics, the service manager. socket is the vhost-user socket's path.

@@ -26,10 +26,7 @@ func (f *fleet) confine(u *understood) error {
 		return err
 	}
 	f.kept = &n
-	for _, what := range r.Missing {
-		f.log.Warn("confined as far as this host can: there is no " + what)
-	}
-	f.log.Info("confined", "landlock", r.Landlock, "seccomp", r.Seccomp, "capabilities", r.Caps.String(), "uid", os.Getuid(), "gid", os.Getgid())
+	logConfined(f.log, r)
 	return nil
 }
 

@@ -95,7 +95,8 @@ type Report struct {
 	Landlock int      // the version of Landlock's interface that was used; 0: none
 	Seccomp  bool     // system calls are filtered
 	Caps     Caps     // that the process still has
-	Missing  []string // what this kernel cannot do, one sentence each
+	Missing  []string // what this kernel cannot do, and should, one sentence each
+	Newer    []string // what newer kernels than most can do besides
 }
 
 // Apply confines the process to n, for good. It is called once, when everything is open and before strangers are served. An error may leave

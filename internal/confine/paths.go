@@ -48,7 +48,7 @@ func restrictPaths(n Needs, r *Report) error {
 		r.Missing = append(r.Missing, fmt.Sprintf("TCP in Landlock, which is of version %d and not 4 or newer", version))
 	}
 	if version < pathsOfSockets && n.Use&(Unix|Open) != 0 {
-		r.Missing = append(r.Missing, fmt.Sprintf("UNIX sockets in Landlock, which is of version %d and not %d or newer: all that this user can connect to stay open to vhostd",
+		r.Newer = append(r.Newer, fmt.Sprintf("UNIX sockets in Landlock, which is of version %d and not %d or newer: all that this user can connect to stay open to vhostd",
 			version, pathsOfSockets))
 	}
 	if n.Use&Metrics != 0 {
