@@ -76,3 +76,12 @@ func PassLate(s *Switch, from netdev.Device, to string) func(b *zerocopy.Buffer)
 		w.checkShut()
 	}
 }
+
+// Held is how many frames wait for a port with their senders' pages.
+func Held(port netdev.Device) (n int) {
+	queues := port.(*device).p.queues
+	for i := range queues {
+		n += int(queues[i].lane.held.Load())
+	}
+	return n
+}

@@ -80,8 +80,8 @@ type lane struct {
 	bytes    atomic.Uint64
 	tooBig   atomic.Uint64
 	orphaned atomic.Uint64
-	starved  atomic.Uint64    // lost for want of memory to copy them
-	shares   [64]atomic.Int32 // frames in the lane, by sending port
+	starved  atomic.Uint64 // lost for want of memory to copy them
+	shares   [64]share     // by sending port
 	drainer  drainer
 
 	door  atomic.Pointer[netdev.Door]
@@ -100,35 +100,52 @@ func (l *lane) init(sw *Switch, index int) (err error) {
 	return nil
 }
 
-// share counts a sender's frames in the lane. Ports whose indices are 64 apart have one in common.
-func (l *lane) share(from *queue) *atomic.Int32 { return &l.shares[from.port.index%len(l.shares)] }
+// share is what a sender has in the lane.
+type share struct {
+	frames atomic.Int32
+	copied atomic.Int64 // bytes of lane.copied
+}
+
+// share finds a sender's. Ports whose indices are 64 apart have one in common.
+func (l *lane) share(from *queue) *share { return &l.shares[from.port.index%len(l.shares)] }
+
+// mayCopy reports whether n bytes of a sender's may be copied: it may have no more of them in the lane than there is room left, as with frames.
+func (l *lane) mayCopy(from *queue, n int) bool {
+	return l.copied.Load()+l.share(from).copied.Load()+int64(n) <= int64(l.sw.cfg.BacklogBytes)
+}
+
+// copy counts n bytes that were copied, or, below 0, that are gone.
+func (l *lane) copy(from *queue, n int) {
+	l.copied.Add(int64(n))
+	l.share(from).copied.Add(int64(n))
+}
 
 // put appends a frame. When held is given, the first pieces, private in number, are copied, and the others are what is behind its first skip bytes, which is
-// kept; without, all are copied. It reports whether there was room. A sender may have no more frames in the lane than there is room left, so that one which floods leaves some to others. push is held.
+// kept; without, all are copied. It reports whether there was room. A sender may have no more frames in the lane than there is room left, so that one which floods leaves some to others; so it is with the bytes of copies. push is held.
 func (l *lane) put(from *queue, first uint64, last uint32, frags [][]byte, private int, held *zerocopy.Buffer, skip int) bool {
 	if l.slots == nil {
 		l.slots = make([]slot, l.sw.backlog)
 	}
 	head := l.head.Load()
 	room := len(l.slots) - l.waiting()
-	if share := l.share(from); int(share.Load()) >= room {
+	if int(l.share(from).frames.Load()) >= room {
 		return false
 	}
 	s := l.at(head)
 	if held != nil {
 		frags = frags[:private]
 		l.held.Add(1)
-	} else if l.copied.Load()+int64(pieces(frags)) > int64(l.sw.cfg.BacklogBytes) {
+	} else if !l.mayCopy(from, pieces(frags)) {
 		return false
 	}
 	if s.data = nil; len(frags) > 0 {
 		s.data = gather(memory(pieces(frags)), frags)
 	}
 	if held == nil {
-		l.copied.Add(int64(len(s.data)))
+		l.copy(from, len(s.data))
 	}
 	s.first, s.last, s.buf, s.skip, s.from = first, last, held, skip, from
-	l.share(from).Add(1)
+	l.share(from).frames.Add(1)
 	l.head.Store(head + 1)
 	return true
 }
@@ -211,11 +228,11 @@ func (l *lane) pop(s *slot, tail uint64, o zerocopy.Outcome) {
 // leave takes the frame out of the slot at tail. take is held.
 func (l *lane) leave(s *slot, tail uint64) {
 	if s.buf == nil {
-		l.copied.Add(-int64(len(s.data)))
+		l.copy(s.from, -len(s.data))
 	} else {
 		l.held.Add(-1)
 	}
-	l.share(s.from).Add(-1)
+	l.share(s.from).frames.Add(-1)
 	s.buf, s.from, s.data = nil, nil, nil
 	l.tail.Store(tail + 1)
 }

@@ -71,6 +71,38 @@ func TestSlowReceiverKeepsNoPages(t *testing.T) {
 	}
 }
 
+// TestBytesOfOneSenderLeaveRoom: a sender of large frames to a receiver that takes none does not use up the memory for copies: another's frames are kept, whether
+// they are copied at once or when they have waited for too long.
+func TestBytesOfOneSenderLeaveRoom(t *testing.T) {
+	const large = 1 << 16
+	for _, c := range []struct {
+		name string
+		dst  l2switch.MAC
+	}{{"at once", everybody}, {"at the deadline", mac(2)}} {
+		t.Run(c.name, func(t *testing.T) {
+			l := newLab(t, l2switch.Config{Hold: time.Millisecond}, l2switch.PortConfig{Name: "a"}, l2switch.PortConfig{Name: "b"}, l2switch.PortConfig{Name: "c"})
+			l.passes("b", "a", ether(mac(1), mac(2), 0x88b5), nil)
+			l.nothing("a")
+			const frames = 2 * l2switch.DefaultBacklogBytes / large
+			for range frames {
+				l.send("a", virtio.NetHdr{}, ether(c.dst, mac(1), 0x88b5, make([]byte, large-14)))
+			}
+			vhosttest.Eventually(t, "all are copied, or dropped", func() bool { return l2switch.Held(l.ports["b"]) == 0 })
+			before := l.drops("b", l2switch.DropBacklog)
+			if before == 0 {
+				t.Fatal("the flood was not too much")
+			}
+			for range 10 {
+				l.send("c", virtio.NetHdr{}, ether(mac(2), mac(3), 0x88b5, make([]byte, 1500)))
+			}
+			vhosttest.Eventually(t, "all are copied, or dropped", func() bool { return l2switch.Held(l.ports["b"]) == 0 })
+			if n := l.drops("b", l2switch.DropBacklog) - before; n != 0 {
+				t.Errorf("%d frames of the other sender were dropped", n)
+			}
+		})
+	}
+}
+
 // recvAll takes what has come.
 func (v vm) recvAll(t testing.TB) {
 	t.Helper()

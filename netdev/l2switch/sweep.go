@@ -146,13 +146,13 @@ func (l *lane) orphan(s *slot) {
 	l.held.Add(-1)
 	defer func() { b.Release(o) }()
 	l.scratch = rest(l.scratch[:0], b, s.skip)
-	if l.copied.Load()+int64(len(data)+pieces(l.scratch)) > int64(l.sw.cfg.BacklogBytes) {
+	if !l.mayCopy(s.from, len(data)+pieces(l.scratch)) {
 		l.starved.Add(1)
 		return
 	}
 	s.data = gather(append(memory(len(data)+pieces(l.scratch)), data...), l.scratch)
 	freeMemory(data)
 	o = zerocopy.Copied
-	l.copied.Add(int64(len(s.data)))
+	l.copy(s.from, len(s.data))
 	l.orphaned.Add(1)
 }
