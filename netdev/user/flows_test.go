@@ -185,6 +185,23 @@ func TestForwardTCP(t *testing.T) {
 	}
 }
 
+// TestForwardsLeaveConnectionsToTheGuest: whoever connects to a forwarded port as often as he can does not keep the guest from connecting itself.
+func TestForwardsLeaveConnectionsToTheGuest(t *testing.T) {
+	d := openTest(t, "hostfwd=tcp:127.0.0.1:0-10.0.2.77:7") // where nobody is: they wait
+	g := newGuest(t, d, guestOptions{features: offloads, address: true})
+	for range maxConns + 10 {
+		c, err := net.Dial("tcp", d.Stats().Forwards[0].Host.String())
+		must(t, err)
+		defer c.Close()
+	}
+	for end := time.Now().Add(testTimeout); d.Stats().Conns < maxForwarded; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%+v", d.Stats())
+		}
+	}
+	g.mustDial(gateway, listen(t, "tcp4", func(c *net.TCPConn) { io.Copy(io.Discard, c) }))
+}
+
 func TestForwardUDP(t *testing.T) {
 	d := openTest(t, "hostfwd=udp:127.0.0.1:0-:53")
 	g := newGuest(t, d, guestOptions{features: offloads, address: true})

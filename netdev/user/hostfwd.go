@@ -101,15 +101,10 @@ func (f *forward) stats() ForwardStats {
 
 // serveTCP takes connections as long as a slot for them is free: the others wait in the host's backlog.
 func (f *forward) serveTCP() {
-	for {
-		select {
-		case f.nat.slots <- struct{}{}:
-		case <-f.g.ctx.Done():
-			return
-		}
+	for f.nat.forwardSlot() {
 		conn, err := f.listener.AcceptTCP()
 		if err != nil {
-			f.nat.freeSlot()
+			f.nat.freeForwardSlot()
 			select {
 			case <-f.g.ctx.Done():
 				return
@@ -120,13 +115,13 @@ func (f *forward) serveTCP() {
 		f.total.Add(1)
 		if !f.g.run(func() { f.serveConn(conn) }) {
 			conn.Close()
-			f.nat.freeSlot()
+			f.nat.freeForwardSlot()
 		}
 	}
 }
 
 func (f *forward) serveConn(conn *net.TCPConn) {
-	defer f.nat.freeSlot()
+	defer f.nat.freeForwardSlot()
 	f.active.Add(1)
 	defer f.active.Add(-1)
 	p := pump{wq: new(waiter.Queue), conn: conn}

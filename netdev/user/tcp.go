@@ -20,6 +20,7 @@ import (
 // Bounds of TCP.
 const (
 	maxConns     = 1024 // connections of one guest, forwarded ones included
+	maxForwarded = 768  // of these, those that come from outside: whoever reaches a forwarded port leaves some to the guest
 	maxDialing   = 256  // of these, those that wait for the host's connect or the guest's handshake
 	dialTimeout  = 30 * time.Second
 	tcpBufferMin = 4 << 10
@@ -41,6 +42,7 @@ type tcpNAT struct {
 	fwd    *tcp.Forwarder
 	dialer net.Dialer
 	slots  chan struct{} // holds one of maxConns for each connection
+	inward chan struct{} // holds one of maxForwarded for each that is forwarded
 	count  atomic.Uint64 // connections ever made
 	linger time.Duration
 
@@ -50,7 +52,8 @@ type tcpNAT struct {
 
 func newTCPNAT(g *group, s *stack.Stack, r *routes, icmp *icmpOut) *tcpNAT {
 	t := &tcpNAT{
-		g: g, routes: r, icmp: icmp, slots: make(chan struct{}, maxConns), linger: lingerTime,
+		g: g, routes: r, icmp: icmp, linger: lingerTime,
+		slots: make(chan struct{}, maxConns), inward: make(chan struct{}, maxForwarded),
 		syn: make(map[stack.TransportEndpointID]uint32),
 		dialer: net.Dialer{
 			Timeout: dialTimeout, FallbackDelay: -1,
@@ -73,6 +76,23 @@ func (t *tcpNAT) slot() bool {
 }
 
 func (t *tcpNAT) freeSlot() { <-t.slots }
+
+// forwardSlot waits for a slot for a connection from outside. It reports false at the end of the device.
+func (t *tcpNAT) forwardSlot() bool {
+	for _, slots := range []chan struct{}{t.inward, t.slots} {
+		select {
+		case slots <- struct{}{}:
+		case <-t.g.ctx.Done():
+			return false
+		}
+	}
+	return true
+}
+
+func (t *tcpNAT) freeForwardSlot() {
+	t.freeSlot()
+	<-t.inward
+}
 
 // packet sees the segments that belong to no connection.
 func (t *tcpNAT) packet(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
