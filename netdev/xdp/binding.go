@@ -3,6 +3,7 @@ package xdp
 import (
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,8 +25,21 @@ type binding struct {
 	mem   []byte // arena's
 	sock  *xsk.Socket
 	way   way
-	send  sending   // guarded by port.mu, or nobody else knows the binding
-	recv  receiving // of the receiveq's worker
+	send  sending               // guarded by port.mu, or nobody else knows the binding
+	recv  receiving             // of the receiveq's worker
+	fault atomic.Pointer[error] // see err
+}
+
+// err is what ended the socket (the interface went away), or nil. The kernel says it once, to either half.
+func (b *binding) err() error {
+	if err := b.fault.Load(); err != nil {
+		return *err
+	}
+	err := b.sock.Err()
+	if err != nil {
+		b.fault.Store(&err)
+	}
+	return err
 }
 
 // way is how sockets of a device are bound.

@@ -39,7 +39,8 @@
 //
 // Each half of a port is guarded by a mutex, which its worker takes for a batch; a goroutine (port.tend) sees to frames in flight when the transmitq's worker
 // does not: it reaps, tries again what a busy driver or an interface that is down refused, and reopens. A binding (socket, arena and what hangs on them)
-// is closed with both halves locked. If chains were lent by it, the receiveq's worker notices in its next turn, and has them back.
+// is closed with both halves locked. If chains were lent by it, the receiveq's worker notices in its next turn, and has them back. When the interface is
+// gone, which the kernel says to a kick, Send drops what comes.
 //
 // # What the kernel does not do for it
 //

@@ -63,9 +63,14 @@ func (q *pair) Send(bufs []*zerocopy.Buffer) (n int) {
 	defer p.mu.Unlock()
 	p.turns++
 	b := p.cur.Load()
-	if b == nil {
+	switch {
+	case b == nil && p.gone() != nil:
+		return p.drop(bufs)
+	case b == nil:
 		p.block()
 		return 0
+	case b.send.gone:
+		return p.drop(bufs)
 	}
 	b.reap()
 	p.results = p.results[:0]
@@ -80,6 +85,10 @@ func (q *pair) Send(bufs []*zerocopy.Buffer) (n int) {
 	b.sock.Tx.Publish()
 	b.kick()
 	p.release(bufs[:n])
+	if b.send.gone {
+		p.giveUp(b)
+		return n + p.drop(bufs[n:])
+	}
 	b.reap()
 	if n < len(bufs) && !b.room(b.way.pieces) {
 		p.block()
@@ -88,6 +97,13 @@ func (q *pair) Send(bufs []*zerocopy.Buffer) (n int) {
 		p.wake()
 	}
 	return n
+}
+
+// drop is the end of frames for an interface that is gone.
+func (p *port) drop(bufs []*zerocopy.Buffer) int {
+	p.dropped.Add(uint64(len(bufs)))
+	zerocopy.ReleaseAll(bufs, zerocopy.Dropped)
+	return len(bufs)
 }
 
 // release releases the frames of a batch that are not in flight.
@@ -193,11 +209,11 @@ func (q *pair) check() error {
 	}
 	for _, p := range q.ports {
 		if b := p.cur.Load(); b != nil {
-			if err := b.sock.Err(); err != nil {
+			if err := b.err(); err != nil {
 				return fmt.Errorf("%s: queue %d: %w", p.dev, p.queue, err)
 			}
-		} else if err := p.failed.Load(); err != nil && errors.Is(*err, unix.ENODEV) {
-			return fmt.Errorf("%s: %w", p.dev, *err) // what else stands in the way may pass: tend goes on trying
+		} else if err := p.gone(); err != nil {
+			return fmt.Errorf("%s: %w", p.dev, err) // what else stands in the way may pass: tend goes on trying
 		}
 	}
 	return nil

@@ -16,7 +16,7 @@ import (
 const (
 	tendNap  = 250 * time.Microsecond // what is in flight is left to the worker for so long
 	openNap  = time.Millisecond       // before a socket is opened again: the memory may change first
-	retryNap = 100 * time.Millisecond // after an error
+	retryNap = 100 * time.Millisecond // after an error, and while the interface is down
 )
 
 // port is a queue of the interface.
@@ -275,10 +275,26 @@ func (p *port) nap() time.Duration {
 		return retryNap
 	case b == nil:
 		return openNap
-	case b.send.pieces > 0 || p.full:
-		return tendNap
+	case b.send.pieces == 0 && !p.full:
+		return 0
+	case b.send.down:
+		return retryNap
 	}
-	return 0
+	return tendNap
+}
+
+// gone is why the port will never have a binding again: there is no interface any more. Else it is nil.
+func (p *port) gone() error {
+	if err := p.failed.Load(); err != nil && errors.Is(*err, unix.ENODEV) {
+		return *err
+	}
+	return nil
+}
+
+// giveUp is the end of what was on the way to an interface that is gone. Send, which drops from now on, has room. mu is held.
+func (p *port) giveUp(b *binding) {
+	p.dropped.Add(uint64(b.abandon(b.sock.Tx.Taken())))
+	p.unblock()
 }
 
 func (p *port) count() uint64 {
@@ -307,6 +323,10 @@ func (p *port) turn(b *binding) {
 		b.kick()
 		b.reap()
 	}
+	if b.send.gone {
+		p.giveUp(b)
+		return
+	}
 	if p.full && b.room(b.way.pieces) {
 		p.unblock()
 	}
@@ -332,6 +352,11 @@ func (p *port) reopenUntil(deadline time.Time) {
 		p.failed.Store(nil)
 	case !errors.Is(err, unix.EBUSY):
 		p.failed.Store(&err)
+		if p.gone() != nil {
+			p.mu.Lock()
+			p.unblock() // Send drops
+			p.mu.Unlock()
+		}
 	}
 }
 

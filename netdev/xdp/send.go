@@ -26,6 +26,8 @@ type sending struct {
 	free    []int    // slots
 	pieces  int      // that the kernel has not reported as sent
 	next    uint32   // Tx entries added, modulo 1<<32
+	down    bool     // the last kick was refused because the interface is down
+	gone    bool     // so was one because there is no interface any more: there are neither kicks nor reports from then on
 	scratch [xsk.MaxPieces]xsk.Desc
 }
 
@@ -181,6 +183,9 @@ func (b *binding) launch(buf *zerocopy.Buffer, slot, n int, held bool, hdr virti
 
 // reap takes the kernel's reports of what was sent.
 func (b *binding) reap() {
+	if b.send.gone {
+		return // a frame that abandon has released may be reported still
+	}
 	done := &b.sock.Done
 	n := done.More()
 	for i := range n {
@@ -218,18 +223,23 @@ func (b *binding) end(slot int, o zerocopy.Outcome) {
 // kick has the kernel send what waits in the Tx ring, as far as it will now.
 func (b *binding) kick() {
 	tx := &b.sock.Tx
-	for tx.Waiting() > 0 && tx.NeedsWakeup() {
+	for !b.send.gone && tx.Waiting() > 0 && tx.NeedsWakeup() {
 		before := tx.Taken()
 		errno := b.sock.Kick()
+		b.send.down = errno == unix.ENETDOWN
+		// A driver that is being reset may say the same for a while.
+		if b.send.gone = errno == unix.ENXIO && b.err() != nil; b.send.gone {
+			return
+		}
 		if b.way.zerocopy() || errno != 0 && tx.Taken() == before {
 			return // it is at it, or is busy: tried again later
 		}
 	}
 }
 
-// abandon releases what was on the way when the socket was closed: the kernel, which had taken the Tx entries before taken, has
-// read those pages, or will not.
-func (b *binding) abandon(taken uint32) {
+// abandon releases what was on the way when the socket was closed, or its interface went away: the kernel, which had taken the Tx entries before
+// taken, has read those pages, or will not. It returns how many frames were lost.
+func (b *binding) abandon(taken uint32) (lost int) {
 	for slot := range b.send.flights {
 		f := &b.send.flights[slot]
 		if f.left == 0 {
@@ -238,8 +248,11 @@ func (b *binding) abandon(taken uint32) {
 		o := zerocopy.Dropped
 		if !b.way.zerocopy() && int32(taken-f.end) >= 0 {
 			o = b.sentAs()
+		} else {
+			lost++
 		}
 		b.end(slot, o)
 	}
 	b.send.pieces = 0
+	return lost
 }
