@@ -72,3 +72,20 @@ func TestPortLeavesMeanwhile(t *testing.T) {
 		t.Errorf("%d addresses, %d counted, %d by ports", entries, counted, shares)
 	}
 }
+
+// TestVLANChangesMeanwhile: a port is put into another VLAN while a frame of it is on its way in. Nothing is learned in the one that it is not in any more.
+func TestVLANChangesMeanwhile(t *testing.T) {
+	l, do := between(t, "a", "b")
+	do(func() {
+		if err := l.s.Update(l2switch.PortConfig{Name: "a", VLAN: l2switch.VLAN{Access: 2}}); err != nil {
+			t.Error(err)
+		}
+	})
+	l.send("a", virtio.NetHdr{}, ether(mac(2), mac(1), 0x88b5))
+	if all := l.s.Table(); len(all) > 0 {
+		t.Errorf("learned %v", all)
+	}
+	if entries, counted, shares := l.s.FullCheck(); entries != counted || counted != shares {
+		t.Errorf("%d addresses, %d counted, %d by ports", entries, counted, shares)
+	}
+}

@@ -146,7 +146,7 @@ func (f *frame) enter(r *rules) (why Reason, ok bool) {
 	return 0, true
 }
 
-// learn notes where a frame came from. It reports false for an address that is another port's own.
+// learn notes where a frame came from. It reports false for an address that is another port's own, or in a VLAN that has just been taken from the port.
 func (q *queue) learn(v *view, r *rules, src uint64, now uint32) bool {
 	p := q.port
 	t := p.sw.table

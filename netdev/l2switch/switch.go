@@ -44,10 +44,10 @@ func (v *view) named(name string) *Port {
 // has tells whether p is one of the ports: it may have left, and another have its index.
 func (v *view) has(p *Port) bool { return p.index < len(v.ports) && v.ports[p.index] == p }
 
-// mayHave tells whether a station may be behind p: its address is no other port's own.
+// mayHave tells whether a station may be behind p: its VLAN is the port's, and its address no other port's own.
 func (v *view) mayHave(p *Port, key uint64) bool {
 	o := v.owners[key&macMask]
-	return v.has(p) && (o == nil || o == p)
+	return v.has(p) && (o == nil || o == p) && p.rules.Load().carries(uint16(key>>48))
 }
 
 // New returns a Switch without ports.
