@@ -81,6 +81,7 @@ type lane struct {
 	tooBig   atomic.Uint64
 	orphaned atomic.Uint64
 	starved  atomic.Uint64 // lost for want of memory to copy them
+	faulted  atomic.Uint64 // lost because their pages were gone when they were to be copied
 	shares   [64]share     // by sending port
 	drainer  drainer
 

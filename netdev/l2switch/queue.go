@@ -92,7 +92,7 @@ func (q *queue) RecvFD() int { return q.lane.ready.FD() }
 
 // Counters implements netdev.Queue.
 func (q *queue) Counters() netdev.Counters {
-	c := netdev.Counters{RecvDropped: q.lane.tooBig.Load() + q.lane.starved.Load()}
+	c := netdev.Counters{RecvDropped: q.lane.tooBig.Load() + q.lane.starved.Load() + q.lane.faulted.Load()}
 	if q.index > 0 {
 		return c
 	}

@@ -4,12 +4,17 @@ import (
 	"fmt"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/guestmem"
 	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/netdev/l2switch"
 	"github.com/vhostd/vhostd/virtio"
+	"github.com/vhostd/vhostd/zerocopy"
 )
 
 // deaf is a guest that receives nothing more: all its posted buffers are used up, and none comes anew.
@@ -348,5 +353,43 @@ func TestCutFrameArrivesWhole(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// gonePages are guest memory of which the file has been truncated.
+func gonePages(t *testing.T) []byte {
+	t.Helper()
+	const size = 1 << 16
+	fd, err := unix.MemfdCreate("gone", unix.MFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.Ftruncate(fd, size); err != nil {
+		t.Fatal(err)
+	}
+	r, err := guestmem.NewRegion(fd, 0, 0, 0x7e00_0000_0000, size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(r.Discard)
+	if err := unix.Ftruncate(fd, 0); err != nil {
+		t.Fatal(err)
+	}
+	return r.Bytes()
+}
+
+// TestFaultAtTheDeadlineIsCounted: a frame that waits, and whose pages are gone when they are to be copied, is dropped for that at the port that it was for.
+func TestFaultAtTheDeadlineIsCounted(t *testing.T) {
+	l := newLab(t, l2switch.Config{Hold: time.Millisecond}, l2switch.PortConfig{Name: "a"}, l2switch.PortConfig{Name: "b"})
+	l.passes("b", "a", ether(mac(1), mac(2), 0x88b5), nil)
+	var released atomic.Int32
+	u := zerocopy.Ubuf{Callback: func(*zerocopy.Ubuf, zerocopy.Outcome) { released.Add(1) }}
+	b := zerocopy.NewUbufBuffer(u, virtio.NetHdr{}, ether(mac(2), mac(1), 0x88b5), gonePages(t)[:1000])
+	l.ports["a"].Queue(0).Send([]*zerocopy.Buffer{b})
+	vhosttest.Eventually(t, "the frame is released", func() bool { return released.Load() == 1 })
+	vhosttest.Eventually(t, "the fault is counted", func() bool { return l.drops("b", l2switch.DropFault) == 1 })
+	if n := l.ports["b"].Queue(0).Counters().RecvDropped; n != 1 {
+		t.Errorf("%d frames were dropped, want 1", n)
 	}
 }

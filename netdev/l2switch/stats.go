@@ -127,7 +127,7 @@ func (p *Port) stats() PortStats {
 		st.ToGuest.Bytes += l.bytes.Load()
 		st.Waiting += l.waiting()
 		st.Orphaned += l.orphaned.Load()
-		for why, n := range map[Reason]uint64{DropBacklog: l.starved.Load(), DropTooBig: l.tooBig.Load()} {
+		for why, n := range map[Reason]uint64{DropBacklog: l.starved.Load(), DropTooBig: l.tooBig.Load(), DropFault: l.faulted.Load()} {
 			if n > 0 {
 				st.Drops[why.String()] += n
 			}

@@ -120,6 +120,7 @@ func (l *lane) orphanOf(from *queue, before uint64) (n int) {
 		if fault == nil {
 			return n
 		}
+		l.faulted.Add(1)
 		if fault.Owner != nil {
 			fault.Owner.Faulted(fault)
 		}
