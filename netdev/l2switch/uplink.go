@@ -37,6 +37,7 @@ type line struct {
 	mu      sync.Mutex // of the sending side; tried by guests' threads, waited for by the line's own goroutine
 	dev     netdev.Queue
 	batch   []*zerocopy.Buffer // made of frames of the lane, and not taken by the device yet
+	kids    []*child           // whose batch is
 	blocked bool               // the device took less than it was given
 	stuck   bool               // as the last sweep saw
 
@@ -150,7 +151,7 @@ func (l *line) run() {
 	l.mu.Lock() // against a sweep that found the port before it left
 	defer l.mu.Unlock()
 	zerocopy.ReleaseAll(l.batch, zerocopy.Dropped)
-	l.batch = nil
+	l.batch, l.kids = nil, nil
 }
 
 // receive sends on what has come from the device. room tells whether more could come.
@@ -203,13 +204,12 @@ func (l *line) unwound() {
 	if u, ok := l.dev.(netdev.Unwinder); ok {
 		u.SendUnwound()
 	}
-	for _, b := range l.batch {
-		if u := b.Ubuf(); u != nil {
-			u.Arg.(*child).give(zerocopy.Dropped)
-		}
+	for _, c := range l.kids {
+		c.give(zerocopy.Dropped)
+		c.let()
 	}
 	l.up.port.drop(DropFault, len(l.batch))
-	l.batch = nil
+	l.batch, l.kids = nil, nil
 }
 
 // orphan has the line keep no guest's pages: neither what the device has not taken nor, if it can copy, what it has.
@@ -217,8 +217,8 @@ func (l *line) orphan() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	fault := shm.Guard(func() {
-		for _, b := range l.batch {
-			if u := b.Ubuf(); u == nil || u.Arg.(*child).parent.Load() == nil {
+		for i, b := range l.batch {
+			if l.kids[i].parent.Load() == nil {
 				continue
 			}
 			if err := b.Orphan(zerocopy.HeapAllocator); err != nil {
@@ -259,14 +259,12 @@ func (u *uplink) sweep() (more bool) {
 func (l *line) sendAll() {
 	for {
 		if len(l.batch) == 0 {
-			l.batch = l.lane.unload(l.batch, batchSize)
+			l.batch, l.kids = l.lane.unload(l.batch, l.kids, batchSize)
 		}
 		if len(l.batch) == 0 {
 			break
 		}
-		n := l.dev.Send(l.batch)
-		clear(l.batch[:n])
-		if l.batch = l.batch[:copy(l.batch, l.batch[n:])]; len(l.batch) > 0 {
+		if l.taken(l.dev.Send(l.batch)); len(l.batch) > 0 {
 			break
 		}
 	}
@@ -275,6 +273,16 @@ func (l *line) sendAll() {
 	if l.blocked = len(l.batch) > 0 || ok && h.Held(); !l.blocked {
 		l.stuck = false
 	}
+}
+
+// taken takes the first n frames, which are the device's now, out of the batch.
+func (l *line) taken(n int) {
+	for _, c := range l.kids[:n] {
+		c.let()
+	}
+	clear(l.batch[:n])
+	clear(l.kids[:n])
+	l.batch, l.kids = l.batch[:copy(l.batch, l.batch[n:])], l.kids[:copy(l.kids, l.kids[n:])]
 }
 
 // sleep waits for the device, or for somebody to rouse the lane. What came before that was armed is looked for once more.
@@ -330,12 +338,21 @@ func (u *uplink) deliver(w *run) {
 	}
 }
 
-// child is a frame of a lane as an uplink's device sends it. Its own memory is what the slot's was.
+// child is a frame of a lane as an uplink's device sends it. Its own memory is what the slot's was. It is used again when both the device, which may be done
+// with it before Send returns, and the line, whose batch it is in until then, have let it go.
 type child struct {
 	buf    zerocopy.Buffer
 	mem    []byte
 	frags  [][]byte
 	parent atomic.Pointer[zerocopy.Buffer] // whose pages the rest is; nil: nobody's, or they were given up
+	lets   atomic.Uint32                   // calls of let, two for each use
+}
+
+// let says that the device, or the line, will not look at the child any more.
+func (c *child) let() {
+	if c.lets.Add(1)%2 == 0 {
+		children.Put(c)
+	}
 }
 
 // give releases the parent, once.
@@ -347,8 +364,8 @@ func (c *child) give(o zerocopy.Outcome) {
 
 var children = sync.Pool{New: func() any { return new(child) }}
 
-// unload takes up to max frames out of the lane, as buffers.
-func (l *lane) unload(to []*zerocopy.Buffer, max int) []*zerocopy.Buffer {
+// unload takes up to max frames out of the lane, as buffers, and returns these and whose they are.
+func (l *lane) unload(to []*zerocopy.Buffer, kids []*child, max int) ([]*zerocopy.Buffer, []*child) {
 	l.take.Lock()
 	defer l.take.Unlock()
 	frames, bytes := 0, 0
@@ -370,13 +387,13 @@ func (l *lane) unload(to []*zerocopy.Buffer, max int) []*zerocopy.Buffer {
 			panic("bug: a child is in use: " + err.Error())
 		}
 		l.leave(s, tail)
-		to = append(to, &c.buf)
+		to, kids = append(to, &c.buf), append(kids, c)
 		frames++
 		bytes += c.buf.Len()
 	}
 	l.frames.Add(uint64(frames))
 	l.bytes.Add(uint64(bytes))
-	return to
+	return to, kids
 }
 
 // childBack runs when the device is done with a frame, on any goroutine.
@@ -389,7 +406,7 @@ func childBack(u *zerocopy.Ubuf, o zerocopy.Outcome) {
 	parent := c.parent.Swap(nil)
 	freeMemory(c.mem)
 	c.mem = nil
-	children.Put(c)
+	c.let()
 	if parent != nil {
 		parent.Release(o)
 	}

@@ -219,3 +219,56 @@ func TestUplinkThatLeftIsSentNothing(t *testing.T) {
 		t.Errorf("a closed device was asked to send %d times, the frame was released %d times", n, released)
 	}
 }
+
+// faulty is an uplink's device that releases the first frame it is given, has something done, and then meets pages that are gone.
+type faulty struct {
+	*full
+	queue faultyQueue
+}
+
+type faultyQueue struct {
+	netdev.Queue
+	between func()
+	pages   []byte
+}
+
+func (f *faulty) Queue(int) netdev.Queue { return &f.queue }
+
+func (q *faultyQueue) Send(bufs []*zerocopy.Buffer) int {
+	bufs[0].Release(zerocopy.Copied)
+	q.between()
+	return len(bufs) + int(q.pages[0])
+}
+
+// TestUplinkFaultLeavesOthersFrames: what a fault in an uplink's batch ends is that batch. A frame that its device had released by then, and whose place another
+// uplink's has taken, is that one's.
+func TestUplinkFaultLeavesOthersFrames(t *testing.T) {
+	l := newLab(t, l2switch.Config{Hold: time.Minute})
+	var released [2]atomic.Int32
+	send := func(port string, n int, dst l2switch.MAC) {
+		u := zerocopy.Ubuf{Callback: func(*zerocopy.Ubuf, zerocopy.Outcome) { released[n].Add(1) }}
+		l.ports[port].Queue(0).Send([]*zerocopy.Buffer{zerocopy.NewUbufBuffer(u, virtio.NetHdr{}, ether(dst, mac(n), 0x88b5))})
+	}
+	waits, broken := newFull(t, -1), newFull(t, -1)
+	queue := faultyQueue{Queue: broken.Device.Queue(0), pages: gonePages(t), between: func() { send("b", 1, mac(10)) }}
+	for name, up := range map[string]struct {
+		dev netdev.Device
+		mac l2switch.MAC
+	}{"waits": {waits, mac(10)}, "broken": {&faulty{broken, queue}, mac(11)}} {
+		if err := l.s.Uplink(up.dev, l2switch.PortConfig{Name: name, Guard: l2switch.Guard{MACs: []l2switch.MAC{up.mac}}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l.add(l2switch.PortConfig{Name: "a"})
+	l.add(l2switch.PortConfig{Name: "b"})
+	send("a", 0, mac(11))
+	vhosttest.Eventually(t, "the fault is counted", func() bool { return l.drops("broken", l2switch.DropFault) == 1 })
+	if n := released[0].Load(); n != 1 {
+		t.Errorf("the frame was released %d times", n)
+	}
+	if n := released[1].Load(); n != 0 {
+		t.Errorf("the other uplink's frame, which waits, was released %d times", n)
+	}
+	waits.queue.open.Store(true)
+	vhosttest.Eventually(t, "the other frame is sent", func() bool { return released[1].Load() == 1 && waits.queue.took.Load() == 1 })
+}
