@@ -26,6 +26,28 @@ func (p *l4Part) bytes(f *frame) []byte {
 	return f.data[p.start:p.end]
 }
 
+// skipExtensions leaves IPv6's extension headers (RFC 8200 §4) before the part, so that it is the transport's, or a fragment of that. It reports false when
+// one of them is not all there.
+func (p *l4Part) skipExtensions(f *frame) bool {
+	const unit = 8 // bytes; a header's length does not count the first one
+	for {
+		switch header.IPv6ExtensionHeaderIdentifier(p.proto) {
+		case header.IPv6HopByHopOptionsExtHdrIdentifier, header.IPv6RoutingExtHdrIdentifier, header.IPv6DestinationOptionsExtHdrIdentifier:
+		case header.IPv6FragmentExtHdrIdentifier:
+			p.fragment = true
+			return true
+		default:
+			return true
+		}
+		if p.start+unit > min(p.end, len(f.data)) {
+			return false
+		}
+		h := f.data[p.start:]
+		p.proto = tcpip.TransportProtocolNumber(h[0])
+		p.start += unit * (1 + int(h[1]))
+	}
+}
+
 // udp is the part as a whole datagram of sound length, or nil.
 func (p *l4Part) udp(f *frame) header.UDP {
 	u := header.UDP(p.bytes(f))

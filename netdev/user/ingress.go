@@ -157,6 +157,9 @@ func (g *ingress) ipv6(f *frame) verdict {
 		src: ip.SourceAddress(), dst: ip.DestinationAddress(),
 	}
 	l4.end = l4.start + int(ip.PayloadLength())
+	if !l4.skipExtensions(f) {
+		return refuse
+	}
 	src, dst := netip.AddrFrom16(l4.src.As16()), netip.AddrFrom16(l4.dst.As16())
 	if l4.proto == header.ICMPv6ProtocolNumber {
 		if v, decided := g.neighbor(f, &l4, src); decided {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -62,12 +63,19 @@ func verdictCases() []verdictCase {
 	badSum[len(badSum)-1] ^= 1
 	noSum := udpFrame("10.0.2.15", "192.0.2.1", 1, 2, []byte("data"))
 	binary.BigEndian.PutUint16(noSum[ethLen+20+6:], 0)
+	badSum6 := udpFrame("fd00::15", "2001:db8::1", 1, 2, []byte("data"))
+	badSum6[len(badSum6)-1] ^= 1
 	short := udpFrame("10.0.2.15", "192.0.2.1", 1, 2, []byte("data"))
 	return []verdictCase{
 		{"udp", udpFrame("10.0.2.15", "192.0.2.1", 1, 2, nil), toStack},
 		{"tcp6", synFrame("fd00::15", "2001:db8::1", 1, 2), toStack},
 		{"wrong checksum", badSum, refuse},
 		{"no checksum", noSum, toStack},
+		{"IPv6: wrong checksum", badSum6, refuse},
+		{"IPv6: behind options", behindOptions(synFrame("fd00::15", "2001:db8::1", 1, 2)), toStack},
+		{"IPv6: wrong checksum behind options", behindOptions(badSum6), refuse},
+		{"IPv6: cut in options", behindOptions(badSum6)[:ethLen+header.IPv6MinimumSize+4], refuse},
+		{"IPv6: neighbor: the router, behind options", behindOptions(solicit("fd00::15", "fe80::2")), toStack},
 		{"cut", short[:len(short)-1], refuse},
 		{"cut in the IP header", short[:ethLen+10], refuse},
 		{"only ethernet", short[:ethLen], refuse},
@@ -94,6 +102,16 @@ func verdictCases() []verdictCase {
 		{"neighbor: duplicate of its own", solicit("::", "fd00::15"), done},
 		{"VLAN", append(append([]byte(testRouter.mac+guestMAC), 0x81, 0), make([]byte, 60)...), done},
 	}
+}
+
+// behindOptions puts hop-by-hop and destination options, of padding, before the payload of an IPv6 packet.
+func behindOptions(f []byte) []byte {
+	f = bytes.Clone(f)
+	ip := header.IPv6(f[ethLen:])
+	options := append([]byte{60, 0, 1, 4, 0, 0, 0, 0}, ip.NextHeader(), 1, 1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+	ip.SetNextHeader(0)
+	ip.SetPayloadLength(ip.PayloadLength() + uint16(len(options)))
+	return slices.Insert(f, ethLen+header.IPv6MinimumSize, options...)
 }
 
 func TestIngressVerdicts(t *testing.T) {
