@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -230,6 +231,18 @@ func TestForwardUDP(t *testing.T) {
 	}
 	if s := d.Stats().Forwards[0]; s.Active != 3 || s.Total != 3 {
 		t.Errorf("%+v", s)
+	}
+}
+
+// TestForwardUDPLinkLocal: the answer to a link-local address goes to the interface that the question came from.
+func TestForwardUDPLinkLocal(t *testing.T) {
+	lo, err := net.InterfaceByName("lo")
+	must(t, err)
+	for zone, want := range map[string]uint32{"": 0, "lo": uint32(lo.Index), "4711": 4711, "gone": 0} {
+		from := netip.AddrPortFrom(netip.MustParseAddr("fe80::1").WithZone(zone), 53)
+		if to := sockaddr(from).(*unix.SockaddrInet6); to.ZoneId != want || to.Port != 53 {
+			t.Errorf("%v: %+v, want scope %d", from, to, want)
+		}
 	}
 }
 
