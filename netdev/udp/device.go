@@ -190,7 +190,7 @@ func (d *Device) closeSockets() error {
 func (q *queue) Counters() netdev.Counters {
 	return netdev.Counters{
 		SendDropped: q.send.dropped.Load(),
-		RecvDropped: q.recv.malformed.Load() + q.recv.otherVNI.Load() + q.recv.failed.Load(),
+		RecvDropped: q.recv.malformed.Load() + q.recv.otherVNI.Load() + q.recv.failed.Load() + q.recv.tooBig.Load(),
 	}
 }
 

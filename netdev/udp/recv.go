@@ -32,6 +32,7 @@ type receiver struct {
 	flights *flights
 
 	malformed, otherVNI, failed atomic.Uint64
+	tooBig                      atomic.Uint64 // frames that the guest's buffers can never take
 }
 
 // Recv implements netdev.Queue.
@@ -47,12 +48,13 @@ func (q *queue) Recv(p *zerocopy.Posted, limit int) (n int, idle bool, err error
 			frame := r.open(r.next)
 			if frame != nil {
 				r.frags[0] = frame
-				res := p.WriteWords(0, 0, r.frags[:])
-				if res == zerocopy.NoRoom {
+				switch p.WriteWords(0, 0, r.frags[:]) {
+				case zerocopy.NoRoom:
 					return n, false, nil
-				}
-				if res == zerocopy.Written {
+				case zerocopy.Written:
 					n++
+				case zerocopy.TooBig:
+					r.tooBig.Add(1)
 				}
 			}
 			r.next++
