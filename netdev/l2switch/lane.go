@@ -82,7 +82,6 @@ type lane struct {
 	orphaned atomic.Uint64
 	starved  atomic.Uint64 // lost for want of memory to copy them
 	faulted  atomic.Uint64 // lost because their pages were gone when they were to be copied
-	shares   [64]share     // by sending port
 	drainer  drainer
 
 	door  atomic.Pointer[netdev.Door]
@@ -91,6 +90,8 @@ type lane struct {
 	ready *sys.EventFD  // readable when frames came while it waited for them
 	rang  atomic.Bool   // ready was signalled since it was drained
 	bell  sync.Mutex    // guards ready against its end: a sweep, or a sender, that found the port before it left may want to ring still
+
+	shares [64]share // by sending port
 }
 
 func (l *lane) init(sw *Switch, index int) (err error) {
