@@ -17,3 +17,13 @@ func TakeHeap(t testing.TB) {
 	}
 	t.Cleanup(func() { newRegion = guestmem.NewRegion })
 }
+
+// Repeats is for how many regions the session has counted further ADD_MEM_REGs.
+func (b *Backend) Repeats() int {
+	b.mu.Lock()
+	s := b.current
+	b.mu.Unlock()
+	s.queues[0].lock() // as is held while memory changes
+	defer s.queues[0].unlock()
+	return len(s.repeats)
+}

@@ -241,3 +241,30 @@ func TestF10RingLosesItsMemory(t *testing.T) {
 		})
 	}
 }
+
+// What was counted of a region goes with it, also when the new memory costs a ring and the answer is an error: the new memory is in use.
+func TestRepeatsGoWithTheirMemory(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	e := attack(t, vhosttest.Options{})
+	r := e.Mem.Regions[0]
+	for range 3 {
+		if err := e.FE.AddMemReg(r.MemoryRegion, r.FD); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := e.be.Repeats(); n != 1 {
+		t.Fatalf("%d regions counted, want 1", n)
+	}
+	if err := e.FE.SetMemTable([]vhostuser.MemoryRegion{r.MemoryRegion}, []int{r.FD}); err == nil {
+		t.Fatal("memory without a ring is taken without a word")
+	}
+	if s := e.be.Stats(); s.MemoryRegions != 1 {
+		t.Errorf("%d regions, want the 1 of the new memory", s.MemoryRegions)
+	}
+	if n := e.be.Repeats(); n != 0 {
+		t.Errorf("%d regions of the old memory counted", n)
+	}
+	e.Hangup()
+	e.Reconnect()
+	e.works(t)
+}

@@ -3,6 +3,7 @@ package backend
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/vhostd/vhostd/guestmem"
@@ -10,7 +11,8 @@ import (
 	"github.com/vhostd/vhostd/vhostuser"
 )
 
-// SetMemTable implements vhostuser.Handler. On error the old memory stays.
+// SetMemTable implements vhostuser.Handler. If regions are refused the old memory stays. A ring that the new memory does not hold is an error too, but one of
+// that ring's: it stops, and the new memory is in use, since the front-end has done with the old, and other rings have to go on.
 func (s *session) SetMemTable(regions []vhostuser.MemoryRegion, fds []int) error {
 	defer s.discardFDs(fds...)
 	var mapped []*guestmem.Region
@@ -22,11 +24,7 @@ func (s *session) SetMemTable(regions []vhostuser.MemoryRegion, fds []int) error
 		}
 		mapped = append(mapped, m)
 	}
-	if err := s.useTable(mapped, mapped); err != nil {
-		return err
-	}
-	clear(s.repeats)
-	return nil
+	return s.useTable(mapped, mapped)
 }
 
 // AddMemReg implements vhostuser.Handler. A front-end may add the same region once for each queue pair, as QEMU does up to 8.0; then it
@@ -58,7 +56,6 @@ func (s *session) RemMemReg(r vhostuser.MemoryRegion) error {
 		s.repeats[left[i]]--
 		return nil
 	}
-	delete(s.repeats, left[i])
 	return s.useTable(slices.Delete(left, i, i+1), nil)
 }
 
@@ -84,7 +81,7 @@ func discard(regions []*guestmem.Region) {
 }
 
 // useTable makes regions, of which fresh were mapped just now, the guest's memory. All queues are locked. What is in flight keeps the
-// memory that it lies in; rings are looked up anew, and one that lies in memory no more stops.
+// memory that it lies in; rings are looked up anew, and one that lies in memory no more stops, which is an error, with regions in use.
 func (s *session) useTable(regions, fresh []*guestmem.Region) error {
 	table, err := guestmem.NewTable(regions...)
 	if err != nil {
@@ -93,6 +90,7 @@ func (s *session) useTable(regions, fresh []*guestmem.Region) error {
 	}
 	old := s.table
 	s.table = table
+	maps.DeleteFunc(s.repeats, func(m *guestmem.Region, _ int) bool { return !slices.Contains(regions, m) })
 	s.countMemory()
 	err = s.moveRings(table)
 	s.register(table)
