@@ -13,9 +13,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/net/netutil"
 
 	"github.com/vhostd/vhostd/backend"
 )
+
+// maxScrapers is how many connections for metrics there are at a time; others wait in the host's backlog.
+const maxScrapers = 32
 
 // serveMetrics serves /metrics, and Go's profiles if profiles is set, until it is closed.
 func serveMetrics(addr string, profiles bool, ours prometheus.Collector, log *slog.Logger) (io.Closer, error) {
@@ -38,12 +42,14 @@ func serveMetrics(addr string, profiles bool, ours prometheus.Collector, log *sl
 	server := &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: 5 * time.Second,
+		WriteTimeout:      2 * time.Minute, // for a profile of some time, too
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
 	go func() {
-		if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		// Whoever connects and reads nothing takes no descriptors that a front-end needs.
+		if err := server.Serve(netutil.LimitListener(l, maxScrapers)); !errors.Is(err, http.ErrServerClosed) {
 			log.Error("metrics are served no more", "error", err)
 		}
 	}()

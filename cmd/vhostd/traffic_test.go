@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os/exec"
 	"regexp"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/virtio"
@@ -160,6 +162,33 @@ func TestMetrics(t *testing.T) {
 	}
 	if t.Failed() {
 		t.Log(text)
+	}
+}
+
+// TestMetricsCrowded: those who connect and say nothing take few descriptors, and hold up whoever asks for some seconds.
+func TestMetricsCrowded(t *testing.T) {
+	p := start(t, "--socket-path", socketIn(t), "--net", "null", "--metrics", "127.0.0.1:0")
+	url := metricsURL(t, p)
+	const crowd = maxScrapers + 30
+	for range crowd {
+		c, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	time.Sleep(100 * time.Millisecond)
+	if n := len(descriptors(t, p.cmd.Process.Pid)); n > maxScrapers+20 {
+		t.Errorf("%d descriptors, with %d connections", n, crowd)
+	}
+	for since := time.Now(); ; {
+		if r, err := http.Get(url + "/metrics"); err == nil {
+			r.Body.Close()
+			return
+		}
+		if time.Since(since) > patience {
+			t.Fatal("no metrics")
+		}
 	}
 }
 

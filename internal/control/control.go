@@ -43,7 +43,7 @@ const Version = 1
 // Limits of the conversation.
 const (
 	MaxRequest     = 4096             // bytes of a request, newline included
-	MaxResponse    = 4 << 20          // bytes of a response that a client takes, newline included
+	MaxResponse    = 64 << 20         // bytes of a response that a client takes, newline included: 200 for each of 128 queues of 2000 ports, and some
 	MaxConns       = 16               // clients at a time
 	RequestTimeout = 60 * time.Second // from the last answer to the end of the next request
 	WriteTimeout   = 5 * time.Second  // to write one answer

@@ -293,6 +293,23 @@ func TestTooManyClients(t *testing.T) {
 	}
 }
 
+// TestAnswerOfManyPorts: what a daemon with very many ports has to say is taken.
+func TestAnswerOfManyPorts(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "ctl")
+	many := strings.Repeat("0123456789", 2_000_000)
+	s, err := Listen(path, map[string]Handler{"stats": func(json.RawMessage) (any, error) { return many, nil }}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	c := dial(t, path)
+	defer c.Close()
+	var got string
+	if err := c.Call(t.Context(), "stats", nil, &got); err != nil || got != many {
+		t.Errorf("%d bytes of %d, %v", len(got), len(many), err)
+	}
+}
+
 // TestClientSurvivesHostileServer: an answer without end is given up at MaxResponse.
 func TestClientSurvivesHostileServer(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "ctl")
