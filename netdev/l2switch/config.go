@@ -19,7 +19,7 @@ type Config struct {
 	Hold time.Duration
 	// Backlog is how many frames wait for each receiveq at most; what comes on top is dropped. 0: DefaultBacklog. It is rounded up to a power of two.
 	Backlog int
-	// BacklogBytes bounds the copies among them. 0: DefaultBacklogBytes.
+	// BacklogBytes bounds the memory of the copies among them: 2 KiB each, 16 of longer ones, 64 of those beyond. 0: DefaultBacklogBytes.
 	BacklogBytes int
 	Log          *slog.Logger // nil: none
 }

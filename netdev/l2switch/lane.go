@@ -111,12 +111,12 @@ type share struct {
 // share finds a sender's. Ports whose indices are 64 apart have one in common.
 func (l *lane) share(from *queue) *share { return &l.shares[from.port.index%len(l.shares)] }
 
-// mayCopy reports whether n bytes of a sender's may be copied: it may have no more of them in the lane than there is room left, as with frames.
+// mayCopy reports whether a frame of n bytes of a sender's may be copied: it may have no more of them in the lane than there is room left, as with frames.
 func (l *lane) mayCopy(from *queue, n int) bool {
-	return l.copied.Load()+l.share(from).copied.Load()+int64(n) <= int64(l.sw.cfg.BacklogBytes)
+	return l.copied.Load()+l.share(from).copied.Load()+int64(memoryOf(n)) <= int64(l.sw.cfg.BacklogBytes)
 }
 
-// copy counts n bytes that were copied, or, below 0, that are gone.
+// copy counts n bytes of memory that a copy takes, or, below 0, that are free again.
 func (l *lane) copy(from *queue, n int) {
 	l.copied.Add(int64(n))
 	l.share(from).copied.Add(int64(n))
@@ -144,7 +144,7 @@ func (l *lane) put(from *queue, first uint64, last uint32, frags [][]byte, priva
 		s.data = gather(memory(pieces(frags)), frags)
 	}
 	if held == nil {
-		l.copy(from, len(s.data))
+		l.copy(from, memoryOf(len(s.data)))
 	}
 	s.first, s.last, s.buf, s.skip, s.from = first, last, held, skip, from
 	l.share(from).frames.Add(1)
@@ -230,7 +230,7 @@ func (l *lane) pop(s *slot, tail uint64, o zerocopy.Outcome) {
 // leave takes the frame out of the slot at tail. take is held.
 func (l *lane) leave(s *slot, tail uint64) {
 	if s.buf == nil {
-		l.copy(s.from, -len(s.data))
+		l.copy(s.from, -memoryOf(len(s.data)))
 	} else {
 		l.held.Add(-1)
 	}

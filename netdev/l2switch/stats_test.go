@@ -31,3 +31,17 @@ func TestStarvedIsCounted(t *testing.T) {
 		t.Errorf("the device counts %d frames, want 2", n)
 	}
 }
+
+// TestBacklogIsMemory: what is bounded is the memory of copies, not the bytes in it, which the sender chooses: frames of just more than a size of memory take the next.
+func TestBacklogIsMemory(t *testing.T) {
+	const memory, jumbo = 1 << 20, 16 << 10
+	for size, most := range map[int]int{2000: 256, 2100: memory / jumbo, jumbo + 1: memory / virtio.MaxFrame} {
+		l := newLab(t, l2switch.Config{Hold: time.Millisecond, Backlog: 256, BacklogBytes: memory}, l2switch.PortConfig{Name: "a"}, l2switch.PortConfig{Name: "b"})
+		for i := range uint64(600) {
+			l.send("a", virtio.NetHdr{}, frame(everybody, mac(1), i, size)) // a copy at once
+		}
+		if st := l.stats("b"); st.Waiting == 0 || st.Waiting > most {
+			t.Errorf("%d frames of %d bytes wait in %d bytes of memory, want %d at most", st.Waiting, size, memory, most)
+		}
+	}
+}

@@ -154,6 +154,6 @@ func (l *lane) orphan(s *slot) {
 	s.data = gather(append(memory(len(data)+pieces(l.scratch)), data...), l.scratch)
 	freeMemory(data)
 	o = zerocopy.Copied
-	l.copy(s.from, len(s.data))
+	l.copy(s.from, memoryOf(len(s.data)))
 	l.orphaned.Add(1)
 }
