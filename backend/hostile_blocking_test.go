@@ -1,7 +1,6 @@
 package backend_test
 
 import (
-	"errors"
 	"math"
 	"slices"
 	"sync"
@@ -130,36 +129,6 @@ func TestF18KickTakenBack(t *testing.T) {
 	n.goesOn(t)
 }
 
-// lingering is a socket whose close waits, for as long as whoever made it likes, for a peer that does not read.
-func lingering(t *testing.T) (fd int, release func()) {
-	t.Helper()
-	l := must(unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0))
-	release = sync.OnceFunc(func() { unix.Close(l) })
-	t.Cleanup(release)
-	if err := errors.Join(unix.Bind(l, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), unix.Listen(l, 1)); err != nil {
-		t.Fatal(err)
-	}
-	at, err := unix.Getsockname(l)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := must(unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0))
-	if err := unix.Connect(s, at); err != nil {
-		t.Fatal(err)
-	}
-	unix.SetNonblock(s, true)
-	for {
-		if _, err := unix.Write(s, make([]byte, 1<<16)); err != nil {
-			break
-		}
-	}
-	unix.SetNonblock(s, false)
-	if err := unix.SetsockoptLinger(s, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 30}); err != nil {
-		t.Fatal(err)
-	}
-	return s, release
-}
-
 // A close can wait for whoever the descriptor leads to. That holds up the session that it came with, and nobody who asks about it.
 func TestF18CloseThatWaits(t *testing.T) {
 	region := slices.Concat(u64(0), u64(1<<40), u64(4096), u64(1<<40), u64(0))
@@ -172,7 +141,7 @@ func TestF18CloseThatWaits(t *testing.T) {
 			vhosttest.NoLeaks(t)
 			n := newNeighbour(t)
 			e := attack(t, vhosttest.Options{})
-			fd, release := lingering(t)
+			fd, release := vhosttest.Lingering(t)
 			e.raw(t, m[:1], fd)
 			time.Sleep(50 * time.Millisecond) // it is the back-end's now
 			unix.Close(fd)

@@ -276,17 +276,24 @@ func TestG6WrongDirection(t *testing.T) {
 	}
 }
 
-// Receive buffers that the device may not write to come back unused, in their turn, and the frame goes into the next one.
-func TestG6WrongDirectionOnReceiveq(t *testing.T) {
-	vhosttest.NoLeaks(t)
-	n := newNeighbour(t)
+// unposted is a guest that has started its rings, and posted nothing.
+func unposted(t *testing.T) *end {
+	t.Helper()
 	d := newDevice(t, 1)
 	e := &end{dev: d, be: serve(t, d)}
 	e.Guest = vhosttest.New(t, e.be, vhosttest.Options{Direct: true})
 	e.Connect()
 	for _, q := range e.Queues {
-		q.Start() // nothing is posted
+		q.Start()
 	}
+	return e
+}
+
+// Receive buffers that the device may not write to come back unused, in their turn, and the frame goes into the next one.
+func TestG6WrongDirectionOnReceiveq(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	n := newNeighbour(t)
+	e := unposted(t)
 	drv := e.Receiveq(0).Driver
 	buf := func(n uint32) vhosttest.Piece { return vhosttest.Piece{GPA: e.Mem.Alloc(int(n), 8), Len: n} }
 	readable, mixed := buf(100), []vhosttest.Piece{buf(100), buf(1000)}
@@ -306,7 +313,7 @@ func TestG6WrongDirectionOnReceiveq(t *testing.T) {
 	add(nil, []vhosttest.Piece{buf(1)})
 	add(nil, []vhosttest.Piece{good})
 	e.Receiveq(0).Flush()
-	d.wires[0].push(parcel{data: vhosttest.Frame(7, 500)})
+	e.dev.wires[0].push(parcel{data: vhosttest.Frame(7, 500)})
 	for i, id := range want {
 		length := uint32(0)
 		if i == len(want)-1 {

@@ -77,17 +77,11 @@ func TestWorthlessChains(t *testing.T) {
 func TestWorthlessBuffers(t *testing.T) {
 	vhosttest.NoLeaks(t)
 	n := newNeighbour(t)
-	d := newDevice(t, 1)
-	e := &end{dev: d, be: serve(t, d)}
-	e.Guest = vhosttest.New(t, e.be, vhosttest.Options{Direct: true})
-	e.Connect()
-	for _, q := range e.Queues {
-		q.Start() // nothing is posted
-	}
+	e := unposted(t)
 	const chains, free, batch = 4000, 2048, 8 // free before the first pause; at most so many in a turn
 	q, begin := e.Receiveq(0), time.Now()
 	bad := []vhosttest.Piece{{GPA: e.Mem.Alloc(virtio.NetHdrSize, 8), Len: virtio.NetHdrSize}}
-	d.wires[0].push(parcel{data: vhosttest.Frame(7, 500)})
+	e.dev.wires[0].push(parcel{data: vhosttest.Frame(7, 500)})
 	for posted, back := 0, 0; back < chains; {
 		for posted < chains {
 			if _, err := q.Driver.Add(nil, bad); errors.Is(err, vring.ErrFull) {
