@@ -210,7 +210,7 @@ func TestReloadFollowsNoLink(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.write(t, "[port.a]\nsocket-mode = \"0666\"\n")
-	if r, got := m.reload(t); got.code != exitFailure || len(r.Steps) != 1 || !strings.Contains(r.Steps[0].Error, "no socket any more") {
+	if r, got := m.reload(t); got.code != exitFailure || len(r.Steps) != 1 || !strings.HasPrefix(r.Steps[0].Error, "socket-mode: ") || !strings.Contains(r.Steps[0].Error, "no socket any more") {
 		t.Errorf("%+v", got)
 	}
 	if info, err := os.Stat(file); err != nil || info.Mode().Perm() != 0o600 {

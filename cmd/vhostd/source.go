@@ -83,10 +83,16 @@ func ownSocket(s settings) error {
 	if gid < 0 {
 		gid = os.Getegid()
 	}
-	if err := sys.OwnSocket(s.socketPath, s.ownerOfSocket(), gid, s.mode); err != nil {
-		return fmt.Errorf("%s: %w (only root can give a socket away, and a member of a group to that group)", s.word("socket-group"), err)
+	err := sys.OwnSocket(s.socketPath, s.ownerOfSocket(), gid, s.mode)
+	switch {
+	case err == nil:
+		return nil
+	case s.socketOwner == "" && s.socketGroup == "":
+		return fmt.Errorf("%s: %w", s.word("socket-mode"), err)
+	case s.socketGroup == "":
+		return fmt.Errorf("%s: %w (only root can give a socket away)", s.word("socket-owner"), err)
 	}
-	return nil
+	return fmt.Errorf("%s: %w (only root can give a socket away, and a member of a group to that group)", s.word("socket-group"), err)
 }
 
 // inherit takes over a descriptor, whichever of the two kinds it is.
