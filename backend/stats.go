@@ -9,10 +9,10 @@ import (
 
 // counters are what the queue counts by itself while its ring runs.
 type counters struct {
-	kicks, calls, waits             uint64
-	kickErrors, callErrors, invalid uint64
-	cut                             uint64 // segments that waited for room when the session ended
-	deviceFailed                    bool
+	kicks, calls, waits uint64
+	callErrors, invalid uint64
+	cut                 uint64 // segments that waited for room when the session ended
+	deviceFailed        bool
 }
 
 // Stats is a snapshot of a Backend's state and counters.
@@ -64,7 +64,7 @@ type QueueStats struct {
 	Kicks        uint64 `json:"kicks"`
 	Calls        uint64 `json:"calls"`
 	Waits        uint64 `json:"waits"`
-	NotifyErrors uint64 `json:"notify_errors,omitempty"` // kick or call descriptors that do not work
+	NotifyErrors uint64 `json:"notify_errors,omitempty"` // calls that could not be made
 }
 
 // total are the counters of a queue's rings that have stopped.
@@ -134,7 +134,7 @@ func (q *queue) addTo(st *QueueStats) {
 	st.Waits += l.waits
 	st.Invalid += l.invalid
 	st.TooBig += l.cut
-	st.NotifyErrors += l.kickErrors + l.callErrors
+	st.NotifyErrors += l.callErrors
 	if w := q.window; w != nil {
 		st.addWindow(&w.Stats)
 		st.MaxWaitNs = max(st.MaxWaitNs, w.LongestWait().Nanoseconds())

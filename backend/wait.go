@@ -111,17 +111,7 @@ func (q *queue) awake() {
 	}
 	if q.waits.kicked && q.waits.kick == q.kick {
 		q.live.kicks++
-		if !drainKick(q.kick) {
-			// Not something that notifies: from now on the ring is polled, as if it had no kick descriptor.
-			q.live.kickErrors++
-			setFD(&q.kick, -1)
-		}
+		var count [8]byte
+		_, _ = sys.ReadNow(q.kick, count[:]) // of an eventfd there is one error: somebody else has taken the count
 	}
-}
-
-// drainKick empties a kick descriptor. It reports false for one that would only make the worker spin: at its end, or not readable.
-func drainKick(fd int) bool {
-	var b [8]byte
-	n, err := sys.ReadNow(fd, b[:])
-	return n > 0 || errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR)
 }

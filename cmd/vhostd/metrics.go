@@ -106,7 +106,7 @@ var queueMetrics = []metric[queueStats]{
 	counter("vhostd_queue_kicks", "Notifications from the driver.", queueLabels, func(q queueStats) float64 { return float64(q.Kicks) }),
 	counter("vhostd_queue_calls", "Notifications to the driver.", queueLabels, func(q queueStats) float64 { return float64(q.Calls) }),
 	counter("vhostd_queue_waits", "Times the worker went to sleep.", queueLabels, func(q queueStats) float64 { return float64(q.Waits) }),
-	counter("vhostd_queue_notify_errors", "Kick or call descriptors that did not work.", queueLabels, func(q queueStats) float64 { return float64(q.NotifyErrors) }),
+	counter("vhostd_queue_notify_errors", "Calls that could not be made.", queueLabels, func(q queueStats) float64 { return float64(q.NotifyErrors) }),
 }
 
 var backendMetrics = []metric[report]{
