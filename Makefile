@@ -56,14 +56,10 @@ race:
 	$(stage) "tests under the race detector"
 	CGO_ENABLED=1 $(GO) test -count=1 -race -short -timeout 8m $(PACKAGES)
 
-# All targets, one after the other. What a fuzzer finds it writes under testdata/fuzz, from where it is a test. Interesting inputs are tried
-# smaller a few times only: Go's default is a minute for each, in which nothing new is tried.
 FUZZTIME ?= 3s
 fuzz:
 	$(stage) "every fuzzing target for $(FUZZTIME)"
-	@grep -rEo --include=*_test.go '^func Fuzz[A-Za-z0-9]+' . | sort | sed 's|/[^/]*_test.go:func | |' | while read -r dir target; do \
-		$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x -timeout 0 "$$dir" || exit 1; \
-	done
+	@GO="$(GO)" scripts/fuzz.sh $(FUZZTIME)
 
 bench-once:
 	$(stage) "every benchmark once"
