@@ -218,3 +218,15 @@ func (n *neighbour) goesOn(t testing.TB) {
 	want := n.rounds.Load() + 3
 	vhosttest.Eventually(t, "the neighbour's next rounds", func() bool { return n.rounds.Load() >= want })
 }
+
+// sleeps waits until a queue's worker has slept for a while. Now and then it may wake: a look at the statistics can wake it, a message, and the garbage
+// collector, by a signal.
+func sleeps(t testing.TB, be *backend.Backend, queue int) {
+	t.Helper()
+	waits := func() uint64 { return be.Stats().Queues[queue].Waits }
+	vhosttest.Eventually(t, "the worker hardly wakes in 100 ms", func() bool {
+		had := waits()
+		time.Sleep(100 * time.Millisecond)
+		return waits() <= had+5
+	})
+}

@@ -113,8 +113,15 @@ func TestF18KickTakenBack(t *testing.T) {
 	stop := sync.OnceFunc(func() {
 		over.Store(true)
 		unix.SetNonblock(fd, true)
-		unix.Write(fd, u64(1))
-		<-done
+		vhosttest.Eventually(t, "the other reader is woken", func() bool {
+			unix.Write(fd, u64(1)) // the worker may have it first
+			select {
+			case <-done:
+				return true
+			default:
+				return false
+			}
+		})
 	})
 	defer stop()
 	for range 2000 {

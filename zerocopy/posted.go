@@ -56,7 +56,8 @@ type Posted struct {
 	seg     offload.Segmenter
 	head    [offload.MaxHeaders]byte
 	parts   [][]byte
-	pending []segment // the rest of a frame that was cut, waiting for room
+	pending []segment // of a frame that was cut, from flushed on waiting for room
+	flushed int
 }
 
 // NewPosted returns the Posted of ring for a driver that negotiated f.
@@ -121,7 +122,9 @@ func (p *Posted) pop() bool {
 // refuse returns a malformed chain unused, and before it those that are held, because used elements keep the order.
 func (p *Posted) refuse(head uint16) {
 	for ; p.first != p.last; p.first++ {
-		p.ring.Put(p.front().Head, 0)
+		c := p.front()
+		p.ring.Put(c.Head, 0)
+		shrinkChain(c)
 	}
 	p.room, p.first, p.last, p.flattened = 0, 0, 0, 0
 	p.flat, p.flatStart = p.flat[:0], 0
@@ -281,10 +284,15 @@ func (p *Posted) use(n int) {
 	} else {
 		p.flattened = p.first + 1
 	}
+	shrinkChain(c)
+	p.first++
+}
+
+// shrinkChain gives up the memory that a long chain took; see keepSegs.
+func shrinkChain(c *vring.Chain) {
 	if cap(c.Segs) > keepSegs {
 		c.Segs = nil
 	}
-	p.first++
 }
 
 // useAll puts the chains that total bytes fill on the used ring.

@@ -14,13 +14,13 @@ import (
 // n is the length in bytes of the longest frame that will be written. data is where it goes, n bytes, after the virtio-net header's room, or nil when the
 // chain does not have that in one piece: such a chain can be used with WriteLent alone. It reports false when no chain can be lent: there
 // is none, or the next is one that must wait for those before it. It may be too small for a frame of n bytes, so that frames have to be merged over it
-// and others: those are written when nothing is lent.
+// and others, or so long that many like it would take too much memory: those are written when nothing is lent.
 func (p *Posted) Lend(n int) (data []byte, ok bool) {
 	if len(p.pending) > 0 || p.lent == p.held() && !p.popToLend() {
 		return nil, false
 	}
 	c := &p.chains[(p.first+uint64(p.lent))&p.mask]
-	if int(c.WriteLen) < p.hdrLen+n {
+	if int(c.WriteLen) < p.hdrLen+n || len(c.Segs) > keepSegs {
 		return nil, false
 	}
 	p.lent++

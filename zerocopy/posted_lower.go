@@ -61,27 +61,22 @@ func (p *Posted) Flush() bool {
 }
 
 func (p *Posted) flush() bool {
-	for i := range p.pending {
-		s := &p.pending[i]
+	for ; p.flushed < len(p.pending); p.flushed++ {
+		s := &p.pending[p.flushed]
 		p.parts = append(p.parts[:0], s.data)
 		switch p.write(&s.hdr, p.parts) {
 		case NoRoom:
-			if i > 0 {
-				// Keep the memory of the written ones behind the rest, for reuse.
-				rest := append(append([]segment(nil), p.pending[i:]...), p.pending[:i]...)
-				p.pending = rest[:len(p.pending)-i]
-			}
 			return false
 		case TooBig:
 			p.Stats.TooBig++
 		}
 	}
-	p.pending = p.pending[:0]
+	p.pending, p.flushed = p.pending[:0], 0 // its memory is kept for the next frame
 	return true
 }
 
 // Waiting is the number of frames that wait for room in private memory: the rest of one that was cut.
-func (p *Posted) Waiting() int { return len(p.pending) }
+func (p *Posted) Waiting() int { return len(p.pending) - p.flushed }
 
 // Rest is what waited for room when a receiveq stopped, in private memory. The zero Rest is nothing.
 type Rest struct {
@@ -95,8 +90,8 @@ func (r Rest) Len() int { return len(r.segments) }
 
 // Close returns what waits for room, of a queue that has stopped.
 func (p *Posted) Close() (r Rest) {
-	r = Rest{p.pending, p.hdrLen, p.accept}
-	p.pending = nil
+	r = Rest{p.pending[p.flushed:], p.hdrLen, p.accept}
+	p.pending, p.flushed = nil, 0
 	return r
 }
 

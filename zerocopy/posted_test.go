@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"testing"
+	"time"
 
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/vring"
@@ -245,83 +246,6 @@ func TestPostedSpaceLimits(t *testing.T) {
 	}
 }
 
-// A frame that the guest's driver cannot take as it is is cut; what finds no room waits, and nothing is lost or doubled, also when memory changes meanwhile.
-func TestPostedLowers(t *testing.T) {
-	g := newPosts(t, 8)
-	p := NewPosted(g.ring, features) // accepts no offload
-	data := tcpFrame(4000)
-	hdr := virtio.NetHdr{Flags: virtio.NetHdrNeedsCsum, GSOType: virtio.GSOTCPv4, GSOSize: 1000, HdrLen: 54, CsumStart: 34, CsumOffset: 16}
-	if r := p.Write(hdr, [][]byte{data}); r != NoRoom {
-		t.Fatalf("result %v with nothing posted", r)
-	}
-	g.add(2000)
-	if r := p.Write(hdr, [][]byte{data}); r != Written {
-		t.Fatalf("result %v", r)
-	}
-	if r := p.Write(virtio.NetHdr{}, [][]byte{frame(60, 1)}); r != NoRoom {
-		t.Error("a frame overtook the rest of the one before")
-	}
-	var got []byte
-	for i := range 4 {
-		h, b, ok := g.received(virtio.NetHdrSize)
-		if !ok || h.Flags|h.GSOType != 0 || len(b) != 54+1000 {
-			t.Fatalf("segment %d: %v, header %+v, %d bytes", i, ok, h, len(b))
-		}
-		got = append(got, b[54:]...)
-		p.GiveBack()
-		g.add(2000)
-		if done := p.Flush(); done != (i >= 2) {
-			t.Errorf("segment %d: flushed %v", i, done)
-		}
-	}
-	if !bytes.Equal(got, data[54:]) {
-		t.Error("the segments do not make up the frame")
-	}
-	if r := p.Write(virtio.NetHdr{}, [][]byte{frame(60, 1)}); r != Written || p.Stats.TooBig != 0 {
-		t.Error(r, p.Stats)
-	}
-}
-
-// TestPostedInherits: what is left of a frame that was cut outlives the queue, for a driver with the same offloads; for another one it is lost, and counted.
-func TestPostedInherits(t *testing.T) {
-	hdr := virtio.NetHdr{Flags: virtio.NetHdrNeedsCsum, GSOType: virtio.GSOTCPv4, GSOSize: 1000, HdrLen: 54, CsumStart: 34, CsumOffset: 16}
-	for f, lost := range map[virtio.Features]uint64{features: 0, features | virtio.FNetGuestCsum: 3} {
-		g := newPosts(t, 8)
-		p := NewPosted(g.ring, features)
-		g.add(2000)
-		if r := p.Write(hdr, [][]byte{tcpFrame(4000)}); r != Written {
-			t.Fatalf("result %v", r)
-		}
-		rest := p.Close()
-		if !p.Flush() {
-			t.Error("a queue that was closed has frames all the same")
-		}
-		next := NewPosted(g.ring, f)
-		next.Inherit(rest)
-		for range 4 {
-			g.add(2000)
-		}
-		if !next.Flush() {
-			t.Error("the rest found no room")
-		}
-		if got := next.Stats; got.TooBig != lost || got.Frames != 3-lost {
-			t.Errorf("features %v: %d segments arrived and %d count as lost, want %d and %d", f, got.Frames, got.TooBig, 3-lost, lost)
-		}
-	}
-}
-
-// tcpFrame is an IPv4 TCP frame with n bytes of payload.
-func tcpFrame(n int) []byte {
-	f := append(make([]byte, 54), frame(n, 1)...)
-	f[12], f[13] = 0x08, 0x00
-	ip := f[14:]
-	ip[0], ip[8], ip[9] = 0x45, 64, 6
-	ip[2], ip[3] = byte((40+n)>>8), byte(40+n)
-	copy(ip[12:], []byte{10, 0, 0, 1, 10, 0, 0, 2})
-	f[14+20+12] = 5 << 4
-	return f
-}
-
 func TestWindowUndo(t *testing.T) {
 	g := newGuest(t, 16, features)
 	w := g.window()
@@ -341,6 +265,13 @@ func TestWindowUndo(t *testing.T) {
 	}
 	wantContent(t, b[0], frame(60, 1))
 	wantContent(t, b[1], frame(60, 2))
+	// What was waited for and is undone is not waited for any more, whatever slot it takes later.
+	w.Reap()
+	time.Sleep(time.Millisecond)
+	w.Undo(2)
+	if wait := w.LongestWait(); wait != 0 {
+		t.Errorf("the longest wait is %v, of a frame that was undone", wait)
+	}
 }
 
 // Nothing is allocated per frame, in either direction.

@@ -225,6 +225,9 @@ func (w *Window) Undo(n int) {
 			n--
 		}
 	}
+	if w.blocked > w.head {
+		w.blocked = 0 // the slot that was waited for is none any more
+	}
 	w.ring.Unpop(chains)
 }
 

@@ -3,6 +3,8 @@ package zerocopy
 import (
 	"slices"
 	"testing"
+
+	"github.com/vhostd/vhostd/virtio"
 )
 
 // TestWindowKeepsNoLongChains: what a long frame took of host memory is given up with its chain, by every slot, however the device has looked at the frame.
@@ -30,6 +32,35 @@ func TestWindowKeepsNoLongChains(t *testing.T) {
 		if b := w.slots[i].buf; cap(w.chains[i].Segs) > keepSegs || cap(b.segs) > keepSegs || cap(b.bufs) > keepSegs {
 			t.Fatalf("slot %d keeps memory for %d, %d and %d segments, want %d at most",
 				i, cap(w.chains[i].Segs), cap(b.segs), cap(b.bufs), keepSegs)
+		}
+	}
+}
+
+// TestPostedKeepsNoLongChains: nor does a receiveq, whose long chains are returned because of a malformed one, and none of them is lent.
+func TestPostedKeepsNoLongChains(t *testing.T) {
+	const size = 4 * keepSegs
+	g := newPosts(t, size)
+	p := NewPosted(g.ring, features)
+	long := slices.Repeat([]int{20}, keepSegs+1)
+	g.add(20*len(long) + 100)
+	g.add(long...)
+	g.add(100)
+	if _, ok := p.Lend(20 * keepSegs); !ok {
+		t.Fatal("the first chain is not lent")
+	}
+	for range 3 {
+		if _, ok := p.Lend(20 * keepSegs); ok {
+			t.Fatal("a long chain is lent")
+		}
+	}
+	p.UseLent(60)
+	g.add(5) // too short for a header
+	if r := p.Write(virtio.NetHdr{}, [][]byte{frame(20*len(long)+200, 1)}); r != NoRoom || p.Stats.Malformed != 1 {
+		t.Fatalf("%v, %+v", r, p.Stats)
+	}
+	for i, c := range p.chains {
+		if cap(c.Segs) > keepSegs {
+			t.Errorf("slot %d keeps memory for %d segments", i, cap(c.Segs))
 		}
 	}
 }
