@@ -85,3 +85,16 @@ func Held(port netdev.Device) (n int) {
 	}
 	return n
 }
+
+// Copied is how many bytes of memory copies for a port take, in all and by the books of their senders' shares.
+func Copied(port netdev.Device) (all, shares int64) {
+	queues := port.(*device).p.queues
+	for i := range queues {
+		l := &queues[i].lane
+		all += l.copied.Load()
+		for j := range l.shares {
+			shares += l.shares[j].copied.Load()
+		}
+	}
+	return all, shares
+}

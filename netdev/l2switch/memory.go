@@ -40,6 +40,8 @@ func memory(n int) []byte {
 // memoryOf is how much memory n bytes take, but for a tag: a guest chooses how long its frames are, and what is bounded is what the host has to find.
 func memoryOf(n int) int {
 	switch {
+	case n == 0:
+		return 0 // a frame that was lost
 	case n <= smallMem:
 		return smallMem
 	case n <= mediumMem:

@@ -45,3 +45,19 @@ func TestBacklogIsMemory(t *testing.T) {
 		}
 	}
 }
+
+// TestLostFramesGiveNoMemoryBack: a frame that was lost instead of copied took no memory, and frees none when its turn comes. Whoever has enough of them lost would have
+// room for copies without end.
+func TestLostFramesGiveNoMemoryBack(t *testing.T) {
+	l := newLab(t, l2switch.Config{Hold: 50 * time.Millisecond, BacklogBytes: virtio.MaxFrame}, l2switch.PortConfig{Name: "a"}, l2switch.PortConfig{Name: "b"})
+	l.passes("b", "a", frame(everybody, mac(2), 1, 60), nil)
+	for i := range uint64(50) {
+		l.send("a", virtio.NetHdr{}, frame(mac(2), mac(1), i, 60000))
+	}
+	vhosttest.Eventually(t, "all are copied, or lost", func() bool { return l2switch.Held(l.ports["b"]) == 0 })
+	l.expect("b", frame(mac(2), mac(1), 0, 60000))
+	l.passes("a", "b", frame(mac(2), mac(1), 4711, 60), nil) // behind those that are lost
+	if all, shares := l2switch.Copied(l.ports["b"]); all != 0 || shares != 0 {
+		t.Errorf("copies take %d bytes, %d by shares, with none left", all, shares)
+	}
+}
