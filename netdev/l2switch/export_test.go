@@ -98,3 +98,10 @@ func Copied(port netdev.Device) (all, shares int64) {
 	}
 	return all, shares
 }
+
+// HoldSweep has sweeps that come to a port, in whose lane a frame waits, wait for release.
+func HoldSweep(port netdev.Device) (release func()) {
+	take := &port.(*device).p.queues[0].lane.take
+	take.Lock()
+	return take.Unlock
+}

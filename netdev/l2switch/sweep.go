@@ -60,7 +60,7 @@ func (s *sweeper) run() {
 	}
 	more := s.lanes()
 	s.armed.Store(false)
-	// Whoever has put a frame into a lane meanwhile has seen that a sweep was to come.
+	// Whoever has put a frame into a lane meanwhile, or was left with it by an uplink, has seen that a sweep was to come.
 	if (more || s.held()) && s.armed.CompareAndSwap(false, true) {
 		s.timer.Reset(s.period)
 	}
@@ -88,7 +88,7 @@ func (s *sweeper) lanes() (more bool) {
 	return more
 }
 
-// held reports whether pages wait in any lane.
+// held reports whether pages wait in any lane, or came from there to an uplink that is full.
 func (s *sweeper) held() bool {
 	for _, p := range s.sw.view.Load().ports {
 		if p == nil {
@@ -98,6 +98,9 @@ func (s *sweeper) held() bool {
 			if p.queues[i].lane.held.Load() > 0 {
 				return true
 			}
+		}
+		if p.up != nil && p.up.held() { // behind its lanes, which is the way that frames take
+			return true
 		}
 	}
 	return false

@@ -39,7 +39,7 @@ type line struct {
 	batch   []*zerocopy.Buffer // made of frames of the lane, and not taken by the device yet
 	kids    []*child           // whose batch is
 	blocked bool               // the device took less than it was given
-	stuck   bool               // as the last sweep saw
+	stuck   bool               // as the last sweep saw, which was after the batch was made
 
 	got    []*zerocopy.Buffer
 	ending bool // guarded by mu
@@ -255,14 +255,29 @@ func (u *uplink) sweep() (more bool) {
 	return more
 }
 
+// held reports whether pages may wait here that no sweep has seen.
+func (u *uplink) held() bool {
+	for _, l := range u.lines {
+		if !l.mu.TryLock() {
+			return true
+		}
+		held := l.blocked && !l.stuck
+		l.mu.Unlock()
+		if held {
+			return true
+		}
+	}
+	return false
+}
+
 // sendAll is send up to a fault.
 func (l *line) sendAll() {
 	for {
 		if len(l.batch) == 0 {
-			l.batch, l.kids = l.lane.unload(l.batch, l.kids, batchSize)
-		}
-		if len(l.batch) == 0 {
-			break
+			if l.batch, l.kids = l.lane.unload(l.batch, l.kids, batchSize); len(l.batch) == 0 {
+				break
+			}
+			l.stuck = false
 		}
 		if l.taken(l.dev.Send(l.batch)); len(l.batch) > 0 {
 			break

@@ -272,3 +272,28 @@ func TestUplinkFaultLeavesOthersFrames(t *testing.T) {
 	waits.queue.open.Store(true)
 	vhosttest.Eventually(t, "the other frame is sent", func() bool { return released[1].Load() == 1 && waits.queue.took.Load() == 1 })
 }
+
+// TestUplinkBlockedDuringSweep: a sweep has been past an uplink when that becomes full with a frame. It is swept again, and the frame's pages go back.
+func TestUplinkBlockedDuringSweep(t *testing.T) {
+	f := newFull(t, -1)
+	l := newLab(t, l2switch.Config{Hold: time.Millisecond})
+	if err := l.s.Uplink(f, l2switch.PortConfig{Name: "uplink", Guard: l2switch.Guard{MACs: []l2switch.MAC{mac(10)}}}); err != nil {
+		t.Fatal(err)
+	}
+	l.add(l2switch.PortConfig{Name: "a"})
+	l.add(l2switch.PortConfig{Name: "b", Guard: l2switch.Guard{MACs: []l2switch.MAC{mac(2)}}}) // behind the uplink
+	waits := func(n int) {
+		t.Helper()
+		l.send("a", virtio.NetHdr{}, ether(mac(2), mac(1), 0x88b5))
+		vhosttest.Eventually(t, "a copy waits", func() bool { return l.stats("b").Waiting == n && l2switch.Held(l.ports["b"]) == 0 })
+	}
+	waits(1)
+	release := l2switch.HoldSweep(l.ports["b"])
+	waits(2)
+	time.Sleep(20 * time.Millisecond) // the sweep for that waits at b
+	var released atomic.Int32
+	u := zerocopy.Ubuf{Callback: func(*zerocopy.Ubuf, zerocopy.Outcome) { released.Add(1) }}
+	l.ports["a"].Queue(0).Send([]*zerocopy.Buffer{zerocopy.NewUbufBuffer(u, virtio.NetHdr{}, ether(mac(10), mac(1), 0x88b5))})
+	release()
+	vhosttest.Eventually(t, "the pages are released", func() bool { return released.Load() == 1 })
+}
