@@ -270,9 +270,9 @@ func (u *uplink) held() bool {
 	return false
 }
 
-// sendAll is send up to a fault.
+// sendAll is send up to a fault. What comes meanwhile, which may go on for ever, is mostly left to those who bring it: they send it themselves, or rouse the line.
 func (l *line) sendAll() {
-	for {
+	for end := l.lane.head.Load(); l.lane.tail.Load() <= end; {
 		if len(l.batch) == 0 {
 			if l.batch, l.kids = l.lane.unload(l.batch, l.kids, batchSize); len(l.batch) == 0 {
 				break

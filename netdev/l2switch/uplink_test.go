@@ -297,3 +297,61 @@ func TestUplinkBlockedDuringSweep(t *testing.T) {
 	release()
 	vhosttest.Eventually(t, "the pages are released", func() bool { return released.Load() == 1 })
 }
+
+// flooded is an uplink's device that always has room, and has something done each time it sends.
+type flooded struct {
+	*pair.Device
+	queue floodedQueue
+}
+
+type floodedQueue struct {
+	netdev.Queue
+	between func()
+}
+
+func (f *flooded) Queue(int) netdev.Queue { return &f.queue }
+
+func (q *floodedQueue) Send(bufs []*zerocopy.Buffer) int {
+	q.between()
+	zerocopy.ReleaseAll(bufs, zerocopy.Copied)
+	return len(bufs)
+}
+
+// TestUplinkFloodHoldsUpNobody: a guest sends to an uplink as fast as that is. Another one's thread, which sends on it, is not kept sending the flood, and neither
+// is the uplink's own goroutine, which has frames to receive.
+func TestUplinkFloodHoldsUpNobody(t *testing.T) {
+	near, far, err := pair.New(pair.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer far.Close()
+	l := newLab(t, l2switch.Config{Hold: time.Minute})
+	var over atomic.Bool
+	f := &flooded{near, floodedQueue{Queue: near.Queue(0)}}
+	f.queue.between = func() {
+		if !over.Load() {
+			l.send("b", virtio.NetHdr{}, ether(mac(10), mac(2), 0x88b5)) // finds somebody sending: it waits in the lane
+		}
+	}
+	defer over.Store(true)
+	if err := l.s.Uplink(f, l2switch.PortConfig{Name: "uplink", Guard: l2switch.Guard{MACs: []l2switch.MAC{mac(10)}}}); err != nil {
+		t.Fatal(err)
+	}
+	l.add(l2switch.PortConfig{Name: "a"})
+	l.add(l2switch.PortConfig{Name: "b"})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		l.ports["a"].Queue(0).Send([]*zerocopy.Buffer{zerocopy.NewBuffer(virtio.NetHdr{}, ether(mac(10), mac(1), 0x88b5))})
+	}()
+	select {
+	case <-done:
+	case <-time.After(vhosttest.Patience):
+		over.Store(true)
+		<-done
+		t.Fatal("a guest's Send did not return while another one sent")
+	}
+	in := ether(mac(1), mac(10), 0x88b5)
+	netdevtest.NewPeer(t, far).Inject(in)
+	l.expect("a", in)
+}
