@@ -105,3 +105,13 @@ func HoldSweep(port netdev.Device) (release func()) {
 	take.Lock()
 	return take.Unlock
 }
+
+// OrphanLate returns what has an uplink keep no pages, as somebody does who looked before it left.
+func OrphanLate(s *Switch, name string) func() {
+	up := s.view.Load().named(name).up
+	return func() {
+		for _, l := range up.lines {
+			l.orphan()
+		}
+	}
+}

@@ -152,6 +152,7 @@ func (l *line) run() {
 	defer l.mu.Unlock()
 	zerocopy.ReleaseAll(l.batch, zerocopy.Dropped)
 	l.batch, l.kids = nil, nil
+	l.dev = nil // it is closed next, which releases what it has
 }
 
 // receive sends on what has come from the device. room tells whether more could come.

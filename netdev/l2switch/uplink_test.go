@@ -220,6 +220,42 @@ func TestUplinkThatLeftIsSentNothing(t *testing.T) {
 	}
 }
 
+// orphaner is full, and counts how often it is asked to keep no pages.
+type orphaner struct {
+	*full
+	queue orphanerQueue
+}
+
+type orphanerQueue struct {
+	*fullQueue
+	asked int
+}
+
+func (o *orphaner) Queue(int) netdev.Queue { return &o.queue }
+
+func (q *orphanerQueue) Orphan() { q.asked++ }
+
+// TestUplinkThatLeftIsNotOrphaned: somebody found an uplink that was then removed, and has it keep no pages. Its device is closed, which it may be on another thread at
+// that moment, and has released all.
+func TestUplinkThatLeftIsNotOrphaned(t *testing.T) {
+	o := &orphaner{full: newFull(t, -1)}
+	o.queue.fullQueue = &o.full.queue
+	s := newSwitch(t, l2switch.Config{})
+	if err := s.Uplink(o, l2switch.PortConfig{Name: "uplink"}); err != nil {
+		t.Fatal(err)
+	}
+	orphan := l2switch.OrphanLate(s, "uplink")
+	if orphan(); o.queue.asked != 1 {
+		t.Errorf("a device was asked to keep no pages %d times, want 1", o.queue.asked)
+	}
+	if err := s.RemovePort("uplink"); err != nil {
+		t.Fatal(err)
+	}
+	if orphan(); o.queue.asked != 1 {
+		t.Error("a closed device was asked to keep no pages")
+	}
+}
+
 // faulty is an uplink's device that releases the first frame it is given, has something done, and then meets pages that are gone.
 type faulty struct {
 	*full
