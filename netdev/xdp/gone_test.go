@@ -23,7 +23,7 @@ func sendFrame(q interface {
 	return q.Send([]*zerocopy.Buffer{zerocopy.NewUbufBuffer(u, virtio.NetHdr{}, netdevtest.Frame(100, 1))}) == 1, outcome
 }
 
-// TestInterfaceGone: when the interface is gone Send drops what it is given and what waits in the socket's ring, and Recv says it.
+// TestInterfaceGone: when the interface is gone Send drops what it is given and what waits in the socket's ring, Recv says it, and no socket is opened for it any more.
 func TestInterfaceGone(t *testing.T) {
 	for _, options := range []string{"xdp:v0", "xdp:v0,mode=generic"} {
 		t.Run(options, func(t *testing.T) {
@@ -59,6 +59,9 @@ func TestInterfaceGone(t *testing.T) {
 			})
 			if !netdevtest.Poll(t, q.SendFD(), unix.POLLOUT, time.Second) {
 				t.Error("SendFD says that there is no room after the socket was closed")
+			}
+			if n := xdp.Nap(d); n != 0 {
+				t.Errorf("another socket is tried every %v", n)
 			}
 			var err error
 			p := zerocopy.NewPosted(netdevtest.NewGuest(t, 8, 0).Ring, 0)

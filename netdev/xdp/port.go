@@ -269,7 +269,7 @@ func (p *port) nap() time.Duration {
 	defer p.mu.Unlock()
 	b := p.cur.Load()
 	switch {
-	case b == nil && !p.dev.wanted.Load():
+	case b == nil && (!p.dev.wanted.Load() || p.gone() != nil):
 		return 0
 	case b == nil && p.failed.Load() != nil:
 		return retryNap
