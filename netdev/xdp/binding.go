@@ -120,12 +120,11 @@ func (b *binding) bind(d *Device, queue int) (err error) {
 	return nil
 }
 
-// close ends the socket: nothing refers to guest memory when it returns.
-func (b *binding) close() error {
+// close ends the socket: nothing refers to guest memory when it returns. lost is how many frames it did not send.
+func (b *binding) close() (lost int, err error) {
 	taken := b.sock.Tx.Taken()
-	err := b.sock.Close()
-	b.abandon(taken)
-	return errors.Join(err, b.arena.Close())
+	err = b.sock.Close()
+	return b.abandon(taken), errors.Join(err, b.arena.Close())
 }
 
 func explainBind(err error) string {

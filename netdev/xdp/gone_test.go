@@ -94,3 +94,19 @@ func TestWaitingWhileDown(t *testing.T) {
 	}
 	vhosttest.Eventually(t, "nothing is left to do", func() bool { return xdp.Nap(d) == 0 })
 }
+
+// TestLostWithTheSocket: a frame that waits for an interface which is down when the socket is closed is lost, and counted.
+func TestLostWithTheSocket(t *testing.T) {
+	l := newLab(t, 1500, 1)
+	d := l.device("xdp:v0")
+	defer d.Close()
+	q := d.Queue(0)
+	l.Run("ip -n " + l.Here + " link set v0 down")
+	if taken, _ := sendFrame(q); !taken {
+		t.Fatal("no room")
+	}
+	must(t, xdp.Unbind(d))
+	if n := q.Counters().SendDropped; n != 1 {
+		t.Errorf("%d frames were dropped, want 1", n)
+	}
+}

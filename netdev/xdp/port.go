@@ -157,7 +157,8 @@ func (p *port) open(w way, regions [][]byte, deadline time.Time) error {
 		return err
 	}
 	if err := p.connect(b); err != nil {
-		return errors.Join(err, b.close())
+		_, end := b.close() // nothing was sent
+		return errors.Join(err, end)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -184,7 +185,11 @@ func (p *port) shut(deadline time.Time, take func(b *binding)) (err error) {
 		return nil
 	}
 	// Whatever happens: take touches guest memory, which can fault.
-	defer func() { err = errors.Join(err, b.close()) }()
+	defer func() {
+		lost, end := b.close()
+		p.dropped.Add(uint64(lost))
+		err = errors.Join(err, end)
+	}()
 	var errs []error
 	if err := p.dev.prog.sockets.Delete(uint32(p.queue)); err != nil {
 		errs = append(errs, fmt.Errorf("queue %d: the XDP program's map of sockets: %w", p.queue, err))
