@@ -44,6 +44,8 @@ func (b *binding) pickUp(p *zerocopy.Posted, limit int) (n, used int, idle, diso
 			return n, used, false, false
 		case zerocopy.Written:
 			n++
+		case zerocopy.TooBig:
+			b.recv.tooBig++
 		}
 		used++
 	}

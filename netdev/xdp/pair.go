@@ -183,15 +183,22 @@ func (o *port) receiveLocked(q *pair, p *zerocopy.Posted, limit int) (n int, idl
 		return 0, true, false
 	case !b.recv.inPlace:
 		n, idle = b.take(p, limit)
+		o.note(&b.recv)
 		return n, idle, false
 	case !o.lends.Load():
 		return 0, true, true
 	}
 	q.lender = b
 	n, idle, end = b.takeInPlace(p, limit)
-	o.landed.Add(b.recv.landed)
-	b.recv.landed = 0
+	o.note(&b.recv)
 	return n, idle, end
+}
+
+// note counts what became of frames at the port, which outlives its bindings.
+func (o *port) note(r *receiving) {
+	o.landed.Add(r.landed)
+	o.lost.Add(r.tooBig)
+	r.landed, r.tooBig = 0, 0
 }
 
 // lentBy is p if its chains are lent by b, else nil: they were another pair's.

@@ -46,7 +46,7 @@ type port struct {
 	work    chan struct{} // tells tend that there is something to see to
 	ended   chan struct{}
 	dropped atomic.Uint64 // frames that could not be sent
-	lost    atomic.Uint64 // frames that could not be received, of bindings that are gone as well
+	lost    atomic.Uint64 // frames that could not be received: too big for the guest, or as bindings that are gone have counted
 	landed  atomic.Uint64 // frames that the kernel wrote into the guest's buffers itself
 	unruly  atomic.Uint64 // times that it used places in another order
 	opened  atomic.Uint64 // bindings
@@ -207,6 +207,7 @@ func (p *port) shut(deadline time.Time, take func(b *binding)) (err error) {
 		settle()
 		take(b)
 	}
+	p.note(&b.recv)
 	p.lost.Add(b.lost())
 	return errors.Join(errs...)
 }

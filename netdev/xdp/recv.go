@@ -28,6 +28,7 @@ type receiving struct {
 	tied    int      // places from first on that have a chain
 	frags   [][]byte
 	landed  uint64 // frames that needed no copy, since they were last counted
+	tooBig  uint64 // frames that the guest's buffers can never take, likewise
 }
 
 // place is where one frame will be received.
@@ -70,14 +71,17 @@ func (b *binding) take(p *zerocopy.Posted, limit int) (n int, idle bool) {
 		if idle = !whole || used >= ringSize/2; idle { // frames that the guest cannot have do not keep the worker for good
 			break
 		}
+		r := zerocopy.TooBig
 		if len(b.recv.frags) > 0 {
-			r := p.WriteWords(0, 0, b.recv.frags)
-			if r == zerocopy.NoRoom {
-				break
-			}
-			if r == zerocopy.Written {
-				n++
-			}
+			r = p.WriteWords(0, 0, b.recv.frags)
+		}
+		if r == zerocopy.NoRoom {
+			break
+		}
+		if r == zerocopy.Written {
+			n++
+		} else {
+			b.recv.tooBig++
 		}
 		for range parts {
 			base, _ := received(rx.At(used).Addr)
