@@ -99,9 +99,12 @@ func Copied(port netdev.Device) (all, shares int64) {
 	return all, shares
 }
 
-// HoldSweep has sweeps that come to a port, in whose lane a frame waits, wait for release.
+// HoldSweep has sweeps that come to a port, in whose lane a frame waits, wait for release. One that runs is over before.
 func HoldSweep(port netdev.Device) (release func()) {
-	take := &port.(*device).p.queues[0].lane.take
+	p := port.(*device).p
+	p.sw.sweep.mu.Lock()
+	defer p.sw.sweep.mu.Unlock()
+	take := &p.queues[0].lane.take
 	take.Lock()
 	return take.Unlock
 }
