@@ -118,3 +118,6 @@ func OrphanLate(s *Switch, name string) func() {
 		}
 	}
 }
+
+// Published is what tells whether anything about the ports was published since.
+func Published(s *Switch) any { return s.view.Load() }

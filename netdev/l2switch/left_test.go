@@ -89,3 +89,17 @@ func TestVLANChangesMeanwhile(t *testing.T) {
 		t.Errorf("%d addresses, %d counted, %d by ports", entries, counted, shares)
 	}
 }
+
+// TestRefusedUpdateIsNotSeen: a change that is refused, for an address that is another port's, was at no time in force, so that nothing can have been learned by it.
+func TestRefusedUpdateIsNotSeen(t *testing.T) {
+	l := newLab(t, l2switch.Config{}, l2switch.PortConfig{Name: "a"}, l2switch.PortConfig{Name: "b", Guard: l2switch.Guard{MACs: []l2switch.MAC{mac(2)}}})
+	before := l2switch.Published(l.s)
+	err := l.s.Update(l2switch.PortConfig{Name: "a", VLAN: l2switch.VLAN{Access: 2}, Guard: l2switch.Guard{MACs: []l2switch.MAC{mac(2)}}})
+	if err == nil {
+		t.Fatal("two ports own one address")
+	}
+	if l2switch.Published(l.s) != before {
+		t.Error("something was published")
+	}
+	l.passes("a", "b", ether(mac(2), mac(1), 0x88b5), nil)
+}

@@ -146,7 +146,7 @@ func (s *Switch) publish(v *view) error {
 		}
 		for mac := range p.rules.Load().macs {
 			if o := v.owners[mac]; o != nil {
-				return fmt.Errorf("port %q: its address %012x is that of port %q", p.name, mac, o.name)
+				return errOwned(p, mac, o)
 			}
 			v.owners[mac] = p
 		}
@@ -158,6 +158,11 @@ func (s *Switch) publish(v *view) error {
 		return o != nil && o.index != int(val>>32)
 	})
 	return nil
+}
+
+// errOwned says that p claims an address that is o's.
+func errOwned(p *Port, mac uint64, o *Port) error {
+	return fmt.Errorf("port %q: its address %012x is that of port %q", p.name, mac, o.name)
 }
 
 // share is the learned addresses' share of a port, or nil when it has gone.
@@ -204,10 +209,15 @@ func (s *Switch) Update(c PortConfig) error {
 	if err != nil {
 		return err
 	}
+	// Before frames are judged by the new rules: what was learned in a VLAN that is refused would stay.
+	for mac := range r.macs {
+		if o := old.owners[mac]; o != nil && o != p {
+			return errOwned(p, mac, o)
+		}
+	}
 	p.rules.Store(r)
 	if err := s.publish(&view{ports: old.ports}); err != nil {
-		p.rules.Store(before)
-		return errors.Join(err, s.publish(&view{ports: old.ports}))
+		panic("bug: " + err.Error())
 	}
 	// Its addresses may be of VLANs that it is not in any more.
 	s.table.forget(s.share, func(key, val uint64) bool { return int(val>>32) == p.index && !r.carries(uint16(key>>48)) })
