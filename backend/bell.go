@@ -98,9 +98,10 @@ func (q *queue) letThrough(n uint64) {
 	}
 }
 
-// full tells that an eventfd takes no write: not merely that this thread was late to make it.
+// full tells that an eventfd takes no write: not merely that this thread was late to make it. What the kernel itself signals (asynchronous I/O, say) can bring the
+// counter to where a poll tells of an error, and a write waits as well.
 func full(fd int) bool {
 	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
-	n, err := unix.Poll(p, 0)
-	return n == 0 && err == nil
+	_, err := unix.Poll(p, 0)
+	return err == nil && p[0].Revents&unix.POLLOUT == 0
 }

@@ -44,6 +44,15 @@ func drain(fd int) {
 	unix.Read(fd, make([]byte, 8))
 }
 
+// callFor sends a frame whose return the guest wants to be called for.
+func callFor(e *end) error {
+	q := e.Transmitq(0)
+	q.Driver.EnableCall()
+	_, err := q.Add(virtio.NetHdr{}, vhosttest.Frame(0, 100), nil)
+	q.Flush()
+	return err
+}
+
 // Who hands over a descriptor keeps the open file: he can make it block again, and fill its counter, after it was looked at.
 func TestF18BlockingAgain(t *testing.T) {
 	for name, ring := range map[string]func(e *end, fd int) error{
@@ -52,11 +61,15 @@ func TestF18BlockingAgain(t *testing.T) {
 				return err
 			}
 			fill(t, fd)
-			q := e.Transmitq(0)
-			q.Driver.EnableCall()
-			_, err := q.Add(virtio.NetHdr{}, vhosttest.Frame(0, 100), nil)
-			q.Flush()
-			return err
+			return callFor(e)
+		},
+		"overfull call": func(e *end, fd int) error {
+			if err := e.FE.SetVringCall(1, fd); err != nil {
+				return err
+			}
+			fill(t, fd)
+			overflow(t, fd)
+			return callFor(e)
 		},
 		"err": func(e *end, fd int) error {
 			if err := e.FE.SetVringErr(1, fd); err != nil {
