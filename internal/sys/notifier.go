@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -15,15 +16,11 @@ var ErrNotifier = errors.New("want an eventfd")
 // space, at a poll already, and wait for the answer for as long as it takes; an epoll descriptor passes that question on to what is in it. A pipe or a socket
 // is locked while somebody else's read or write of it waits for a page of his. The flag belongs to the open file, which others have too: see ReadNow.
 func Notifier(fd int) error {
-	known, err := anonymous()
+	ok, err := isEventFD(fd)
 	if err != nil {
 		return err
 	}
-	dev, err := device(fd)
-	if err != nil {
-		return err
-	}
-	if dev != known || !looksAtWrites(fd) {
+	if !ok {
 		return fmt.Errorf("descriptor is something else: %w", ErrNotifier)
 	}
 	return unix.SetNonblock(fd, true)
@@ -34,29 +31,49 @@ func ClosesAtOnce(fd int) bool {
 	if _, err := unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0); err == nil {
 		return true
 	}
-	known, err := anonymous()
+	ok, err := isEventFD(fd)
+	return err == nil && ok
+}
+
+// isEventFD asks no file that is not of the kernel's own: the device that eventfds are on has no file systems of others.
+func isEventFD(fd int) (bool, error) {
+	own, err := eventFDs()
 	if err != nil {
-		return false
+		return false, err
 	}
 	dev, err := device(fd)
-	return err == nil && dev == known && looksAtWrites(fd)
+	if err != nil || dev != own.device {
+		return false, err
+	}
+	return answersOf(fd) == own.answers, nil
 }
 
-// looksAtWrites tells an eventfd from others that have no file of their own, such as epoll's and timers: those take no write at all, whereas an eventfd looks
-// for what is written, and finds nothing at address 0.
-func looksAtWrites(fd int) bool {
-	_, _, errno := unix.Syscall(unix.SYS_WRITE, uintptr(fd), 0, 8)
-	return errno == unix.EFAULT
+// answers tell an eventfd from others that have no file of their own, and change nothing. Most take no write at all, such as epoll's and timers, whereas an
+// eventfd looks for what is written, and finds nothing at address 0. Of those that do so too, fanotify's for one, there is no read that does not wait; an eventfd
+// has one, if the kernel has (see ReadNow), and refuses it for a single byte.
+type answers struct{ write, read syscall.Errno }
+
+func answersOf(fd int) (a answers) {
+	_, _, a.write = unix.Syscall(unix.SYS_WRITE, uintptr(fd), 0, 8)
+	_, a.read = readNow(fd, make([]byte, 1))
+	return a
 }
 
-// anonymous is the number of the device that eventfds are on, which has no file systems of others.
-var anonymous = sync.OnceValues(func() (uint64, error) {
+type eventFDKind struct {
+	device uint64
+	answers
+}
+
+// eventFDs is what all eventfds have in common.
+var eventFDs = sync.OnceValues(func() (k eventFDKind, err error) {
 	e, err := NewEventFD()
 	if err != nil {
-		return 0, err
+		return k, err
 	}
 	defer e.Close()
-	return device(e.FD())
+	k.answers = answersOf(e.FD())
+	k.device, err = device(e.FD())
+	return k, err
 })
 
 // device is the number of the device that fd's file is on. Nobody is asked for it.

@@ -50,14 +50,21 @@ func TestNotifier(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer zero.Close()
-	for name, fd := range map[string]int{
+	others := map[string]int{
 		"memory file": memory, "/dev/zero": int(zero.Fd()), "pipe": int(w.Fd()),
 		"socket": open(unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)),
 		// What is in it is asked at each poll, and may be a file of FUSE's, whose owner answers when he likes.
 		"epoll":   open(unix.EpollCreate1(unix.EPOLL_CLOEXEC)),
 		"timer":   open(unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_CLOEXEC)),
 		"inotify": open(unix.InotifyInit1(unix.IN_CLOEXEC)),
-	} {
+	}
+	// It takes what is written, as an eventfd does, and there is no read of it that does not wait.
+	if fd, err := unix.FanotifyInit(unix.FAN_CLASS_NOTIF|unix.FAN_REPORT_FID|unix.FAN_CLOEXEC, 0); err == nil {
+		others["fanotify"] = open(fd, nil)
+	} else {
+		t.Logf("without fanotify: %v", err)
+	}
+	for name, fd := range others {
 		if err := Notifier(fd); !errors.Is(err, ErrNotifier) {
 			t.Errorf("%s: %v", name, err)
 		}
