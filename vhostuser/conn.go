@@ -37,7 +37,7 @@ func (o ConnOptions) admit(sock *net.UnixConn) error {
 		err = o.Admit(peer)
 	}
 	if err != nil {
-		sock.Close()
+		_ = aside(sock.Close) // with what the peer has sent by now
 	}
 	return err
 }
@@ -83,14 +83,14 @@ func NewConnFD(fd int, opts ConnOptions) (*Conn, error) {
 	if f == nil {
 		return nil, fmt.Errorf("file descriptor %d: %w", fd, os.ErrInvalid)
 	}
-	defer f.Close()
+	defer aside(f.Close)      // it may be anything, and a front-end's
 	c, err := net.FileConn(f) // duplicates, close-on-exec and non-blocking
 	if err != nil {
 		return nil, fmt.Errorf("file descriptor %d is not a connected socket: %w", fd, err)
 	}
 	sock, ok := c.(*net.UnixConn)
 	if !ok || sock.LocalAddr().Network() != "unix" || sock.RemoteAddr() == nil {
-		c.Close()
+		_ = aside(c.Close)
 		return nil, fmt.Errorf("file descriptor %d is not a connected UNIX stream socket", fd)
 	}
 	if err := opts.admit(sock); err != nil {

@@ -1,35 +1,116 @@
 package vhostuser_test
 
 import (
+	"context"
+	"errors"
+	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vhostd/vhostd/internal/sys"
 	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/vhostuser"
 )
 
-// Descriptors in messages that nobody has read go with the connection, and whoever sent them may have that wait.
-func TestF18CloseWithUnreadDescriptors(t *testing.T) {
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(pair[1])
-	c, err := vhostuser.NewConnFD(pair[0], vhostuser.ConnOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
+// unread sends a descriptor over sock whose close waits, in a message that nobody will read.
+func unread(t *testing.T, sock int) (release func()) {
+	t.Helper()
 	fd, release := vhosttest.Lingering(t)
-	if _, err := unix.SendmsgN(pair[1], []byte{1}, unix.UnixRights(fd), nil, 0); err != nil {
+	if _, err := unix.SendmsgN(sock, []byte{1}, unix.UnixRights(fd), nil, 0); err != nil {
 		t.Fatal(err)
 	}
 	unix.Close(fd)
+	return release
+}
+
+func pair(t *testing.T, kind int) [2]int {
+	t.Helper()
+	p, err := unix.Socketpair(unix.AF_UNIX, kind|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(p[1]) })
+	return p
+}
+
+// soon checks that f, which closes something, does not wait for a peer's descriptor to be closed.
+func soon(t *testing.T, f func()) {
+	t.Helper()
 	start := time.Now()
-	c.Close()
+	f()
 	if d := time.Since(start); d > 5*time.Second {
 		t.Errorf("the close took %v", d)
 	}
-	release()
+}
+
+// Descriptors in messages that nobody has read go with the connection, and whoever sent them may have that wait.
+func TestF18CloseWithUnreadDescriptors(t *testing.T) {
+	p := pair(t, unix.SOCK_STREAM)
+	c, err := vhostuser.NewConnFD(p[0], vhostuser.ConnOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unread(t, p[1])()
+	soon(t, func() { c.Close() })
+}
+
+// As may who hands over a back channel that is none, or has such descriptors in it.
+func TestF18BackChannelThatIsNone(t *testing.T) {
+	fd, release := vhosttest.Lingering(t)
+	defer release()
+	datagrams := pair(t, unix.SOCK_DGRAM)
+	defer unread(t, datagrams[1])()
+	for name, fd := range map[string]int{"TCP": fd, "datagrams": datagrams[0]} {
+		soon(t, func() {
+			if _, err := vhostuser.NewConnFD(fd, vhostuser.ConnOptions{}); err == nil {
+				t.Errorf("%s: taken", name)
+			}
+		})
+	}
+}
+
+// Who is not admitted holds nobody up, whatever he has sent.
+func TestF18NotAdmittedWithUnreadDescriptors(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "sock")
+	stranger := errors.New("a stranger")
+	var asked atomic.Int32
+	sent := make(chan struct{})
+	l, err := vhostuser.Listen(path, vhostuser.ListenOptions{Conn: vhostuser.ConnOptions{Admit: func(sys.Peer) error {
+		if asked.Add(1) > 1 {
+			return nil
+		}
+		<-sent
+		return stranger
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	dial := func() int {
+		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Close(fd) })
+		if err := unix.Connect(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+			t.Fatal(err)
+		}
+		return fd
+	}
+	release := unread(t, dial())
+	defer release()
+	close(sent)
+	dial()
+	soon(t, func() {
+		ctx, cancel := context.WithTimeout(t.Context(), vhosttest.Patience)
+		defer cancel()
+		c, err := l.Accept(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
+	})
 }
