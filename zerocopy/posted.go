@@ -114,13 +114,13 @@ func (p *Posted) pop() bool {
 				return true
 			}
 		}
-		p.refuse(c.Head)
+		p.refuse(c)
 	}
 	return false
 }
 
 // refuse returns a malformed chain unused, and before it those that are held, because used elements keep the order.
-func (p *Posted) refuse(head uint16) {
+func (p *Posted) refuse(bad *vring.Chain) {
 	for ; p.first != p.last; p.first++ {
 		c := p.front()
 		p.ring.Put(c.Head, 0)
@@ -128,7 +128,8 @@ func (p *Posted) refuse(head uint16) {
 	}
 	p.room, p.first, p.last, p.flattened = 0, 0, 0, 0
 	p.flat, p.flatStart = p.flat[:0], 0
-	p.ring.Put(head, 0)
+	p.ring.Put(bad.Head, 0)
+	shrinkChain(bad)
 	p.Stats.Malformed++
 	p.refused++
 }

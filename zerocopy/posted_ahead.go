@@ -166,6 +166,7 @@ func (p *Posted) popGood() bool {
 		fallthrough
 	case vring.Malformed:
 		p.ring.Unpop(1)
+		shrinkChain(c)
 	case vring.Broken:
 		p.err = p.ring.Err()
 	}

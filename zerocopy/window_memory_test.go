@@ -64,3 +64,38 @@ func TestPostedKeepsNoLongChains(t *testing.T) {
 		}
 	}
 }
+
+// TestPostedKeepsNoMalformedChains: nor does it keep the memory of a malformed one, which is seen behind those that are held or lent.
+func TestPostedKeepsNoMalformedChains(t *testing.T) {
+	for name, meet := range map[string]func(p *Posted) bool{
+		"written": func(p *Posted) bool {
+			return p.Write(virtio.NetHdr{}, [][]byte{frame(1000, 1)}) == NoRoom && p.Stats.Malformed == 1
+		},
+		"lent": func(p *Posted) bool {
+			for range 3 {
+				if _, ok := p.Lend(60); !ok {
+					return false
+				}
+			}
+			_, ok := p.Lend(60)
+			return !ok && p.Stats.Malformed == 0
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := newPosts(t, 4*keepSegs)
+			p := NewPosted(g.ring, features)
+			for range 3 {
+				g.add(40, 60)
+			}
+			g.sendParts(frame(60, 1), slices.Repeat([]int{1}, keepSegs+8)...) // readable
+			if !meet(p) {
+				t.Fatalf("%+v", p.Stats)
+			}
+			for i, c := range p.chains {
+				if cap(c.Segs) > keepSegs {
+					t.Errorf("slot %d keeps memory for %d segments", i, cap(c.Segs))
+				}
+			}
+		})
+	}
+}
