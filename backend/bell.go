@@ -2,6 +2,7 @@ package backend
 
 import (
 	"errors"
+	"math/rand/v2"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -15,7 +16,8 @@ import (
 // bell is how a queue signals eventfds of the front-end's. Such a write can wait: whoever handed the descriptor over has the open file too, and can make it block
 // again and fill the counter at any moment, and the kernel knows no write to an eventfd that does not heed the file's flags. It would hold up the queue, whoever wants
 // its lock and, at a door, another guest's worker. So while there are writes, a watch looks now and then whether one has not come back since its last look. Is
-// that for a counter that is full, the watch empties it, which lets the write through, and the session ends.
+// that for a counter that is full, the watch empties it, which lets the write through, and the session ends. When it looks is left to chance: else each write could be
+// kept waiting for a little less than from one look to the next, time and again.
 type bell struct {
 	writes  atomic.Uint64 // that have begun, and that have ended: odd while one is under way
 	fd      atomic.Int32  // that is written to
@@ -26,7 +28,7 @@ type bell struct {
 }
 
 const (
-	bellLook  = 5 * time.Millisecond // between two looks of the watch
+	bellLook  = 5 * time.Millisecond // between two looks of the watch, at most
 	bellPause = time.Second          // until the next session of a front-end that kept a write waiting
 )
 
@@ -49,7 +51,7 @@ func (q *queue) signal(fd int) bool {
 	b.fd.Store(int32(fd))
 	b.writes.Add(1)
 	if !b.watched.Load() && b.watched.CompareAndSwap(false, true) {
-		b.timer.Reset(bellLook)
+		b.set()
 	}
 	one := [8]byte{1}
 	_, err := unix.Write(fd, one[:])
@@ -79,8 +81,11 @@ func (q *queue) watch() {
 	default:
 		q.letThrough(n)
 	}
-	b.timer.Reset(bellLook)
+	b.set()
 }
+
+// set has the watch look again.
+func (b *bell) set() { b.timer.Reset(rand.N(bellLook)) }
 
 // letThrough ends write n if it waits. More than once, since others may wait to fill the counter as well.
 func (q *queue) letThrough(n uint64) {

@@ -106,6 +106,44 @@ func TestF18BlockingAgain(t *testing.T) {
 	}
 }
 
+// Nor may he have every write wait for a moment, shorter than what the watch would see if it came regularly.
+func TestF18BlocksForMoments(t *testing.T) {
+	vhosttest.NoLeaks(t)
+	e := start(t, newDevice(t, 1), vhosttest.Options{Without: virtio.FEventIdx})
+	fd := must(unix.Eventfd(0, unix.EFD_CLOEXEC))
+	defer unix.Close(fd)
+	if err := e.FE.SetVringCall(1, fd); err != nil {
+		t.Fatal(err)
+	}
+	stop, done := make(chan struct{}), make(chan struct{})
+	defer func() { close(stop); <-done }()
+	go func() {
+		defer close(done)
+		defer drain(fd)
+		for {
+			drain(fd)
+			unix.Write(fd, u64(math.MaxUint64-1)) // unless it has been signalled meanwhile
+			unix.SetNonblock(fd, false)
+			select {
+			case <-stop:
+				return
+			case <-time.After(500 * time.Microsecond):
+			}
+		}
+	}()
+	q := e.Transmitq(0)
+	vhosttest.Eventually(t, "the session's end", func() bool {
+		for q.Reap() > 0 {
+		}
+		if q.Driver.Out() == 0 {
+			if err := callFor(e); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return !e.be.Stats().Connected
+	})
+}
+
 // Of a kick that is readable the guest can take the count before the worker does.
 func TestF18KickTakenBack(t *testing.T) {
 	vhosttest.NoLeaks(t)
