@@ -200,9 +200,13 @@ func (r *reader) full(b []byte) error {
 	return nil
 }
 
+// mostFDs is how many descriptors may come with one write to a socket (SCM_MAX_FD of Linux). There is room for all of them, though a message has MaxFDs at most:
+// what there is none for the kernel closes itself, within the read, and a close can wait (see aside).
+const mostFDs = 253
+
 // some reads what there is, and takes in its descriptors. Those are legal with the first bytes only.
 func (r *reader) some(b []byte) (int, error) {
-	oob := make([]byte, unix.CmsgSpace(MaxFDs*4))
+	oob := make([]byte, unix.CmsgSpace(mostFDs*4))
 	n, oobn, flags, _, err := r.conn.sock.ReadMsgUnix(b, oob) // descriptors arrive close-on-exec
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		if n, oobn, flags = r.arrived(b, oob); n > 0 {
@@ -216,7 +220,9 @@ func (r *reader) some(b []byte) (int, error) {
 	switch {
 	case err != nil:
 		return n, err
-	case flags&unix.MSG_CTRUNC != 0:
+	case flags&unix.MSG_CTRUNC != 0: // there are no numbers for more
+		return n, fmt.Errorf("%w: file descriptors were cut off", ErrProtocol)
+	case len(fds) > MaxFDs:
 		return n, fmt.Errorf("%w: more than %d file descriptors", ErrProtocol, MaxFDs)
 	case perr != nil:
 		return n, fmt.Errorf("%w: ancillary data: %w", ErrProtocol, perr)

@@ -203,9 +203,9 @@ func TestF05FileDescriptors(t *testing.T) {
 		{"two region files", ReqAddMemReg, encodeMemRegion(goldenRegion), 2},
 		{"two on REM_MEM_REG", ReqRemMemReg, encodeMemRegion(goldenRegion), 2},
 		{"no back channel", ReqSetBackendReqFD, nil, 0},
-		{"truncated by the kernel", ReqSetMemTable, oneRegion, 9},
-		{"truncated to the right number", ReqSetMemTable, make(MemTable, 8).encode(), 9},
-		{"truncated by far", ReqSetMemTable, oneRegion, 200},
+		{"more than any message has", ReqSetMemTable, oneRegion, 9},
+		{"more than any message has, regions too", ReqSetMemTable, make(MemTable, 8).encode(), 9},
+		{"as many as can be sent, nearly", ReqSetMemTable, oneRegion, 200},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -112,5 +113,27 @@ func TestF18NotAdmittedWithUnreadDescriptors(t *testing.T) {
 			t.Fatal(err)
 		}
 		c.Close()
+	})
+}
+
+// Of descriptors that are too many for a message, those that there is no room for would be closed by the kernel, on the thread that reads.
+func TestF18CloseOfDescriptorsTooMany(t *testing.T) {
+	p := pair(t, unix.SOCK_STREAM)
+	c, err := vhostuser.NewConnFD(p[0], vhostuser.ConnOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	fd, release := vhosttest.Lingering(t)
+	defer release()
+	fds := append(slices.Repeat([]int{p[1]}, 2*vhostuser.MaxFDs), fd)
+	if _, err := unix.SendmsgN(p[1], []byte{1}, unix.UnixRights(fds...), nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(fd)
+	soon(t, func() {
+		if _, err := c.ReadMessage(); !errors.Is(err, vhostuser.ErrProtocol) {
+			t.Errorf("error %v", err)
+		}
 	})
 }
