@@ -3,7 +3,7 @@ package sys
 import (
 	"errors"
 	"fmt"
-	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -64,17 +64,27 @@ type eventFDKind struct {
 	answers
 }
 
-// eventFDs is what all eventfds have in common.
-var eventFDs = sync.OnceValues(func() (k eventFDKind, err error) {
+// ofEventFDs is what all eventfds have in common, once it is known.
+var ofEventFDs atomic.Pointer[eventFDKind]
+
+// eventFDs looks at an eventfd of our own. What the host does not have at the moment it may have the next time.
+func eventFDs() (*eventFDKind, error) {
+	if k := ofEventFDs.Load(); k != nil {
+		return k, nil
+	}
 	e, err := NewEventFD()
 	if err != nil {
-		return k, err
+		return nil, err
 	}
 	defer e.Close()
-	k.answers = answersOf(e.FD())
-	k.device, err = device(e.FD())
-	return k, err
-})
+	dev, err := device(e.FD())
+	if err != nil {
+		return nil, err
+	}
+	k := &eventFDKind{dev, answersOf(e.FD())}
+	ofEventFDs.Store(k)
+	return k, nil
+}
 
 // device is the number of the device that fd's file is on. Nobody is asked for it.
 func device(fd int) (uint64, error) {

@@ -73,3 +73,30 @@ func TestNotifier(t *testing.T) {
 		t.Errorf("no descriptor: %v", err)
 	}
 }
+
+// TestNotifierTriesAgain: an eventfd that comes when there is no descriptor left to compare it with is refused, and the next one is not.
+func TestNotifierTriesAgain(t *testing.T) {
+	e, err := NewEventFD()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	defer ofEventFDs.Store(ofEventFDs.Swap(nil))
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: limit.Max}); err != nil {
+		t.Fatal(err)
+	}
+	err = Notifier(e.FD())
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if !errors.Is(err, unix.EMFILE) {
+		t.Errorf("with no descriptor left: %v", err)
+	}
+	if err := Notifier(e.FD()); err != nil {
+		t.Error(err)
+	}
+}
