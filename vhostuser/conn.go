@@ -103,9 +103,23 @@ func NewConnFD(fd int, opts ConnOptions) (*Conn, error) {
 func (c *Conn) Close() error {
 	c.closing.Do(func() {
 		close(c.closed)
-		c.err = aside(c.sock.Close)
+		c.err = aside(c.closeSock)
 	})
 	return c.err
+}
+
+// closeSock closes the socket. Go has the last user of a descriptor close it, which may be somebody who reads: a duplicate sees to it that the socket goes here, and what is
+// unread with it.
+func (c *Conn) closeSock() error {
+	last := -1
+	if raw, err := c.sock.SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) { last, _ = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0) })
+	}
+	err := c.sock.Close()
+	if last >= 0 {
+		_ = unix.Close(last)
+	}
+	return err
 }
 
 // Closed is closed when Close has been called.

@@ -3,6 +3,7 @@ package vhostuser_test
 import (
 	"context"
 	"errors"
+	"net"
 	"path/filepath"
 	"slices"
 	"sync/atomic"
@@ -56,6 +57,31 @@ func TestF18CloseWithUnreadDescriptors(t *testing.T) {
 	}
 	defer unread(t, p[1])()
 	soon(t, func() { c.Close() })
+}
+
+// What comes while the connection is closed goes with it as well, and holds up neither who closes nor who was reading: of a descriptor in use, whoever is the last to
+// use it is who closes it.
+func TestF18CloseWhileRead(t *testing.T) {
+	p := pair(t, unix.SOCK_STREAM)
+	c, err := vhostuser.NewConnFD(p[0], vhostuser.ConnOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := c.Sock().SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed := make(chan struct{})
+	release := func() {}
+	soon(t, func() {
+		_ = raw.Control(func(uintptr) { // as a read has the descriptor
+			go func() { defer close(closed); c.Close() }()
+			vhosttest.Eventually(t, "the close has begun", func() bool { return errors.Is(c.Sock().SetDeadline(time.Time{}), net.ErrClosed) })
+			release = unread(t, p[1])
+		})
+	})
+	release()
+	<-closed
 }
 
 // As may who hands over a back channel that is none, or has such descriptors in it.
