@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"io"
 	"log/slog"
@@ -35,7 +36,7 @@ func serveMetrics(addr string, profiles bool, ours prometheus.Collector, log *sl
 		mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
 		mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
 	}
-	l, err := net.Listen("tcp", addr)
+	l, err := listenTCP(addr)
 	if err != nil {
 		return nil, err
 	}
@@ -55,6 +56,14 @@ func serveMetrics(addr string, profiles bool, ours prometheus.Collector, log *sl
 	}()
 	log.Info("serving metrics", "url", "http://"+l.Addr().String()+"/metrics", "pprof", profiles)
 	return server, nil
+}
+
+// listenTCP listens for TCP and not, as Go prefers to, for MPTCP, which Landlock takes for something else: who takes a confined vhostd over that may connect to
+// UNIX sockets could have such a listener connect to any address.
+func listenTCP(addr string) (net.Listener, error) {
+	var c net.ListenConfig
+	c.SetMultipathTCP(false)
+	return c.Listen(context.Background(), "tcp", addr)
 }
 
 // collector reads the counters when it is scraped: nothing is kept twice, and nothing is done while nobody asks.

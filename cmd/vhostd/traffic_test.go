@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
@@ -189,6 +191,26 @@ func TestMetricsCrowded(t *testing.T) {
 		if time.Since(since) > patience {
 			t.Fatal("no metrics")
 		}
+	}
+}
+
+// TestMetricsByTCP: Landlock has no say in what an MPTCP socket connects to.
+func TestMetricsByTCP(t *testing.T) {
+	l, err := listenTCP("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	raw, err := l.(*net.TCPListener).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := raw.Control(func(fd uintptr) {
+		if p, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PROTOCOL); p != unix.IPPROTO_TCP {
+			t.Errorf("protocol %d (%v), want TCP", p, err)
+		}
+	}); err != nil {
+		t.Error(err)
 	}
 }
 
