@@ -66,7 +66,7 @@ var portKeys = append(keys[Port]{
 }, rulesOf(func(p *Port) *Rules { return &p.Rules })...)
 
 // networkKeys belong to ports of a network, and not to those of a switch.
-var networkKeys = []string{"hostfwd", "no-balloon"}
+var networkKeys = []string{"hostfwd", "zerocopy", "no-balloon"}
 
 // ruleKeys belong to ports of a switch.
 var ruleKeys = rulesOf(func(r *Rules) *Rules { return r }).names()
@@ -90,6 +90,9 @@ func (p Port) clone() Port {
 // check looks at what one key does not tell.
 func (f *File) check() {
 	f.checkUplinks()
+	if f.Metrics.Profiles && f.Metrics.Listen == "" && f.lines["metrics.listen"] == 0 {
+		f.Blame("metrics.pprof", errors.New("needs listen: the address to serve on"))
+	}
 	if f.lines["defaults.net"] > 0 && f.lines["defaults.switch"] > 0 {
 		f.Blame("defaults.switch", errors.New("is for ports that are at a switch, and net for the others: say one of them"))
 	}
@@ -127,7 +130,7 @@ func (f *File) checkNetwork(path string, p *Port) {
 		p.Switch, p.Rules = "", Rules{}
 	default:
 		f.foreign(path, networkKeys, "is for ports with a network of their own, and this one is at a switch")
-		p.Net, p.Hostfwd, p.NoBalloon = "", nil, false
+		p.Net, p.Hostfwd, p.ZeroCopy, p.NoBalloon = "", nil, defaultPort.ZeroCopy, false
 		f.checkRules(path, p.Switch, &p.Rules)
 	}
 	f.Ports[p.Name] = *p
