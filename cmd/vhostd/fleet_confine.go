@@ -119,6 +119,15 @@ func (f *fleet) lacks(s settled) error {
 	return nil
 }
 
+// cannotOwn adds to an error of ownSocket why root cannot do what only root can.
+func (f *fleet) cannotOwn(err error, s settled) error {
+	root := os.Geteuid() == 0 || s.become != nil
+	if f.kept == nil || f.kept.Caps&confine.CapChown != 0 || !root || !errors.Is(err, os.ErrPermission) {
+		return err
+	}
+	return fmt.Errorf("needs a restart: vhostd was confined to what it had at its start, and has no more %v: %w", confine.CapChown, err)
+}
+
 // refuse fails the steps that would need more than was kept, before anything is closed for them.
 func (f *fleet) refuse(r *reloadReport, u *understood) {
 	for s := range r.steps(config.Reopen, config.Add) {

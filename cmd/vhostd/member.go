@@ -103,6 +103,7 @@ func (m *member) stop() error {
 
 func (m *member) change(f *fleet, u *understood, name string) error {
 	conf, s := u.Ports[name], u.ports[name]
+	undo := func() error { return nil }
 	if conf.Switch != "" {
 		sw, err := f.switchOf(conf.Switch)
 		if err != nil {
@@ -111,10 +112,12 @@ func (m *member) change(f *fleet, u *understood, name string) error {
 		if err := sw.Update(s.rules); err != nil {
 			return err
 		}
+		was := portRules(name, s.queues, s.mtu, m.configured().Rules)
+		undo = func() error { return sw.Update(was) }
 	}
 	if !conf.Client { // then the socket is the VMM's
 		if err := ownSocket(s.settings); err != nil {
-			return err
+			return errors.Join(f.cannotOwn(err, s), undo())
 		}
 	}
 	m.mu.Lock()

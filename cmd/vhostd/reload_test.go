@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/vhostd/vhostd/internal/config"
+	"github.com/vhostd/vhostd/internal/require"
 )
 
 // TestReloadFollowsNoLink: who may write to the directory of a socket, such as its VMM, cannot have another file's mode changed.
@@ -29,6 +30,44 @@ func TestReloadFollowsNoLink(t *testing.T) {
 	if info, err := os.Stat(file); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("the file behind the link has mode %v (%v), want 0600", info.Mode(), err)
 	}
+}
+
+// TestReloadOwner: a daemon of root's that is confined gives its sockets to others when it reads its file again, and takes them back. What it cannot do leaves all as it was.
+func TestReloadOwner(t *testing.T) {
+	require.Root(t, "root")
+	needConfinement(t)
+	const owned, grouped = "socket-owner = \"65534\"\n", "socket-group = \"12345\"\n"
+	m := startMany(t, "[port.a]\n"+owned+grouped+"[port.b]\n")
+	is := func(port string, uid, gid uint32, mode os.FileMode) {
+		t.Helper()
+		info, err := os.Stat(m.socket(port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st := info.Sys().(*syscall.Stat_t); st.Uid != uid || st.Gid != gid || info.Mode().Perm() != mode {
+			t.Errorf("the socket of port %s has owner %d, group %d, mode %v, want %d, %d, %v", port, st.Uid, st.Gid, info.Mode().Perm(), uid, gid, mode)
+		}
+	}
+	is("a", 65534, 12345, 0o660)
+	m.change(t, "[port.a]\n[port.b]\n"+owned+grouped+"[port.c]\n"+owned+grouped)
+	is("a", 0, uint32(os.Getegid()), 0o600)
+	is("b", 65534, 12345, 0o660)
+	is("c", 65534, 12345, 0o660)
+	m.change(t, "[port.a]\n[port.b]\n"+owned+grouped+"socket-mode = \"0666\"\n[port.c]\n"+owned+grouped)
+	is("b", 65534, 12345, 0o666)
+	m.end(syscall.SIGTERM)
+
+	const lan = "[switch.lan]\n[port.b]\nisolated = true\n[port.a]\n"
+	m = startSwitch(t, lan)
+	m.writeSwitch(t, lan+"isolated = true\nsocket-mode = \"0666\"\n"+owned)
+	r, got := m.reload(t)
+	if got.code != exitFailure || len(r.Steps) != 1 || !strings.HasPrefix(r.Steps[0].Error, "needs a restart: ") || r.Steps[0].Stands != "it goes on as before" {
+		t.Errorf("%+v", got)
+	}
+	is("a", 0, uint32(os.Getegid()), 0o600)
+	a, b := m.guest(t, "a"), m.guest(t, "b")
+	send(t, a, ethernet(0xa, 0xff, 1))
+	gets(t, b, ethernet(0xa, 0xff, 1))
 }
 
 // TestReload goes through what can happen to a port, beside one to which nothing does.

@@ -77,13 +77,16 @@ func (s settings) ownerOfSocket() int {
 	return s.owner
 }
 
-// ownSocket gives the socket its owner, its group and its mode. Without a group it is that of this process.
+// ownSocket gives the socket its owner, its group and its mode. Without an owner or a group it is that of this process, also where it was another before.
 func ownSocket(s settings) error {
-	gid := s.group
+	uid, gid := s.ownerOfSocket(), s.group
+	if uid < 0 {
+		uid = os.Geteuid()
+	}
 	if gid < 0 {
 		gid = os.Getegid()
 	}
-	err := sys.OwnSocket(s.socketPath, s.ownerOfSocket(), gid, s.mode)
+	err := sys.OwnSocket(s.socketPath, uid, gid, s.mode)
 	switch {
 	case err == nil:
 		return nil

@@ -73,8 +73,8 @@ func ListenUnix(path string, mode uint32) (*net.UnixListener, *SocketFile, error
 	return sock, file, nil
 }
 
-// OwnSocket gives the socket at path an owner and a group, of which -1 leaves what there is, and a mode. What is looked at is what is changed: whoever may
-// write to its directory, such as a VMM, can put a link to somebody else's file in its place at any time.
+// OwnSocket gives the socket at path an owner and a group, of which -1 leaves what there is, and a mode; all of it or, where one is refused, nothing. What is
+// looked at is what is changed: whoever may write to its directory, such as a VMM, can put a link to somebody else's file in its place at any time.
 func OwnSocket(path string, uid, gid int, mode uint32) error {
 	fd, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -88,13 +88,35 @@ func OwnSocket(path string, uid, gid int, mode uint32) error {
 	if st.Mode&unix.S_IFMT != unix.S_IFSOCK {
 		return fmt.Errorf("%s is no socket any more: somebody has put another file there", path)
 	}
-	if err := unix.Fchownat(fd, "", uid, gid, unix.AT_EMPTY_PATH); err != nil {
-		return &fs.PathError{Op: "chown", Path: path, Err: err}
-	}
-	if err := unix.Chmod(fmt.Sprintf("/proc/self/fd/%d", fd), mode); err != nil { // fchmod(2) does not take such a descriptor
-		return &fs.PathError{Op: "chmod", Path: path, Err: err}
+	old := st.Mode & 0o777
+	if op, err := own(fd, uid, gid, mode, mode != old); err != nil {
+		_, _ = own(fd, int(st.Uid), int(st.Gid), old, true)
+		return &fs.PathError{Op: op, Path: path, Err: err}
 	}
 	return nil
+}
+
+// own tells what failed, if something did. The owner comes last: a file of somebody else's takes a capability to change the mode of, and to give it away takes
+// another one, which is all that a confined vhostd keeps. One that is somebody else's is taken for that time.
+func own(fd, uid, gid int, mode uint32, changes bool) (op string, err error) {
+	first := uid
+	if changes && uid >= 0 {
+		first = os.Geteuid()
+	}
+	if err := unix.Fchownat(fd, "", first, gid, unix.AT_EMPTY_PATH); err != nil {
+		return "chown", err
+	}
+	if changes {
+		if err := unix.Chmod(fmt.Sprintf("/proc/self/fd/%d", fd), mode); err != nil { // fchmod(2) does not take such a descriptor
+			return "chmod", err
+		}
+	}
+	if first != uid {
+		if err := unix.Fchownat(fd, "", uid, -1, unix.AT_EMPTY_PATH); err != nil {
+			return "chown", err
+		}
+	}
+	return "", nil
 }
 
 // settle gives the new socket the permissions that the umask took, and remembers which file it is.
