@@ -89,7 +89,7 @@ func (s *settled) needs() (n confine.Needs) {
 	case "user":
 		n.Add(confine.Needs{Use: confine.Inet, Read: nameFiles(s.become)})
 	case "tap":
-		n.Add(confine.Needs{Use: confine.Ring, Caps: confine.CapNetAdmin, Devices: []string{sys.TunPath}})
+		n.Add(confine.Needs{Use: confine.Ring | confine.NewRing, Caps: confine.CapNetAdmin, Devices: []string{sys.TunPath}})
 		if _, dev, ok := strings.Cut(s.net, "macvtap=/"); ok {
 			dev, _, _ = strings.Cut(dev, ",")
 			n.Devices = append(n.Devices, "/"+dev)
@@ -99,7 +99,7 @@ func (s *settled) needs() (n confine.Needs) {
 	case "xdp":
 		n.Add(confine.Needs{Use: confine.XDP, Caps: confine.CapNetRaw | confine.CapNetAdmin | confine.CapBPF | confine.CapIPCLock})
 	case "vxlan", "geneve", "dgram":
-		n.Add(confine.Needs{Use: confine.Ring | confine.Inet, Caps: confine.CapIPCLock})
+		n.Add(confine.Needs{Use: confine.Ring | confine.NewRing | confine.Inet, Caps: confine.CapIPCLock})
 	}
 	return n
 }

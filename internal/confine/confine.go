@@ -24,11 +24,13 @@ const (
 	XDP
 	// Ring: requests go through io_uring rings that are open.
 	Ring
+	// NewRing: rings are opened. What goes through a ring passes seccomp by until the ring is restricted: Landlock alone sees it.
+	NewRing
 	// Metrics: what Prometheus's collectors read of the process.
 	Metrics
 	// Profile: Go's profiles.
 	Profile
-	// Open: new devices and sockets of all kinds are opened, as far as Caps and paths let them.
+	// Open: new devices and sockets are opened, as far as Caps and paths let them; those with addresses want Inet as well, rings NewRing.
 	Open
 )
 
@@ -40,7 +42,7 @@ type Needs struct {
 	// Paths. One that does not exist yields no right.
 	Read    []string // files, and directories with all that is below them, that are read
 	Devices []string // device nodes that are opened to be read, written and controlled
-	Make    []string // directories in which sockets and files are made, and removed
+	Make    []string // directories in which sockets are made, and files removed
 	Remove  []string // directories of which files are removed
 	Connect []string // UNIX sockets, which may be made later; one that begins with @ is abstract
 

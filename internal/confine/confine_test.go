@@ -97,8 +97,16 @@ func TestRefused(t *testing.T) {
 		"packet sockets":                         {Needs{Use: Packet, Caps: CapNetRaw}, map[string]string{"AF_PACKET": "", "AF_INET": seccomp, "AF_XDP": seccomp}},
 		"packet sockets, without the capability": {Needs{Use: Packet}, map[string]string{"AF_PACKET": seccomp}},
 		"opening": {Needs{Use: Open, Make: []string{dir}}, map[string]string{
-			"listen on a path": "", "make a file": "", "change its mode": "", "read /etc/shadow": landlock, "open /dev/net/tun": landlock,
-			"leave a set-user-ID": seccomp, "make a set-user-ID": seccomp, "start a program": seccomp, "AF_PACKET": seccomp,
+			"listen on a path": "", "AF_NETLINK": "", "make a file": landlock, "write the file": landlock, "change its mode": "", "read /etc/shadow": landlock,
+			"open /dev/net/tun": landlock, "leave a set-user-ID": seccomp, "make a set-user-ID": seccomp, "start a program": seccomp, "AF_PACKET": seccomp,
+			"connect by TCP": seccomp, "connect by MPTCP": seccomp, "early TCP connect": landlock, "listen for TCP": seccomp, "open a UDP socket": seccomp,
+			"an io_uring": seccomp,
+		}},
+		"opening, with addresses": {Needs{Use: Open | Inet}, map[string]string{
+			"connect by TCP": "", "listen for TCP": "", "open a UDP socket": "", "an io_uring": seccomp,
+		}},
+		"opening, with rings": {Needs{Use: Open | Ring | NewRing, Make: []string{dir}}, map[string]string{
+			"an io_uring": "", "make a set-user-ID by io_uring": landlock, "connect by TCP": seccomp,
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -16,8 +16,10 @@
 //	system calls      a seccomp filter                 calls.go: the base, and the groups of Needs.Use
 //
 // Landlock and seccomp see different things, and so do both jobs: seccomp sees numbers, and knows no paths; Landlock knows paths, and nothing of
-// ioctl(2) on sockets or of bpf(2). io_uring's operations pass seccomp by and Landlock sees them; internal/sys/uring lets its rings do no
-// other operations than its own, and after Apply there can be no new rings.
+// ioctl(2) on sockets or of bpf(2). io_uring's operations pass seccomp by and Landlock sees them, as far as they are about files: internal/sys/uring lets its
+// rings do no other operations than its own, and after Apply there can be no new rings but with NewRing, which `vhostd serve` has for taps and tunnels
+// that a reload opens. Of what the operations that are left can do, one thing is too much: a send that connects a TCP socket (MSG_FASTOPEN), where a
+// tunnel and a socket that listened for metrics are in one process.
 //
 // # All threads
 //

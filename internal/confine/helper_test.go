@@ -230,7 +230,8 @@ var attempts = map[string]func(o order) error{
 	"make a set-user-ID": func(o order) error {
 		return closed(os.OpenFile(o.File+".new", os.O_WRONLY|os.O_CREATE, 0o755|os.ModeSetuid))
 	},
-	"connect to the file": func(o order) error { return closed(net.Dial("unix", o.File)) },
+	"make a set-user-ID by io_uring": func(o order) error { return openByRing(o.File+".new", 0o4755) },
+	"connect to the file":            func(o order) error { return closed(net.Dial("unix", o.File)) },
 
 	// Those that end the process.
 	"execve":            func(order) error { return unix.Exec("/bin/true", []string{"true"}, nil) },

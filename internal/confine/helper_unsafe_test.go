@@ -1,7 +1,10 @@
 package confine
 
 import (
+	"encoding/binary"
 	"os"
+	"runtime"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -45,4 +48,40 @@ func benchmarked(null int) map[string]func() {
 		},
 		"fcntl": func() { _, _, _ = unix.RawSyscall(unix.SYS_FCNTL, uintptr(null), unix.F_GETFD, 0) },
 	}
+}
+
+// openByRing makes a file by way of a ring that takes all operations, which seccomp does not see.
+func openByRing(path string, mode uint32) error {
+	var p [120]byte // struct io_uring_params
+	fd, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, 4, addr(&p[0]), 0)
+	if errno != 0 {
+		return errno
+	}
+	defer unix.Close(int(fd))
+	const size, offSQEs, opOpenat = 4096, 0x1000_0000, 18
+	ring, err := unix.Mmap(int(fd), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return err
+	}
+	entries, err := unix.Mmap(int(fd), offSQEs, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return err
+	}
+	name, host := append([]byte(path), 0), binary.NativeEndian
+	offset := func(at int) uint32 { return host.Uint32(p[at:]) }
+	entries[0] = opOpenat
+	host.PutUint32(entries[4:], uint32(0xffffffff&unix.AT_FDCWD))
+	host.PutUint64(entries[16:], uint64(addr(&name[0])))
+	host.PutUint32(entries[24:], mode)
+	host.PutUint32(entries[28:], unix.O_CREAT|unix.O_WRONLY)
+	host.PutUint32(ring[offset(40+4):], 1) // the tail; the ring's array says entry 0
+	const wait = 1                         // IORING_ENTER_GETEVENTS
+	if _, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, fd, 1, 1, wait, 0, 0); errno != 0 {
+		return errno
+	}
+	runtime.KeepAlive(name)
+	if res := int32(host.Uint32(ring[offset(80+20)+8:])); res < 0 {
+		return syscall.Errno(-res)
+	}
+	return nil
 }

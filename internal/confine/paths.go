@@ -18,7 +18,7 @@ const (
 	readRights   landlock.AccessFSSet = llsys.AccessFSReadFile | llsys.AccessFSReadDir
 	deviceRights landlock.AccessFSSet = llsys.AccessFSReadFile | llsys.AccessFSWriteFile | llsys.AccessFSIoctlDev
 	removeRights landlock.AccessFSSet = llsys.AccessFSRemoveFile
-	makeRights   landlock.AccessFSSet = removeRights | llsys.AccessFSMakeSock | llsys.AccessFSMakeReg | llsys.AccessFSTruncate | llsys.AccessFSWriteFile | llsys.AccessFSReadFile | llsys.AccessFSReadDir
+	makeRights   landlock.AccessFSSet = removeRights | llsys.AccessFSMakeSock
 )
 
 // pathsOfSockets is the version of Landlock that knows paths of UNIX sockets; abstract names it knows since 6.
@@ -76,7 +76,7 @@ func (n Needs) landlock() landlock.Config {
 		c.Scoped = 0
 	}
 	switch {
-	case n.Use&Open != 0:
+	case n.Use&Open != 0 && n.Use&Inet != 0:
 		c.HandledAccessNet = 0
 	case n.Use&Inet != 0: // any port, as the guest likes
 		c.HandledAccessNet = llsys.AccessNetBindTCP

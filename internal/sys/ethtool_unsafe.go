@@ -23,7 +23,7 @@ type ifreqData struct {
 
 // Channels is how many queues the interface called name has that both send and receive. One whose driver does not say has 1.
 func Channels(name string) int {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return 1
 	}
