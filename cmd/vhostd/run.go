@@ -149,7 +149,7 @@ func listenControl(path string, handlers map[string]control.Handler, admits func
 	if err != nil || become == nil {
 		return c, err
 	}
-	if err := os.Lchown(path, become.UID, become.GID); err != nil {
+	if err := sys.OwnSocket(path, become.UID, become.GID, 0o600); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
 	return c, nil
