@@ -159,11 +159,25 @@ func checkKVM() []finding {
 	return one(f, err, verdictWarn)
 }
 
-// landlockFiles and landlockAll are the versions of Landlock with which it restricts what opens a file, and all that vhostd asks of it.
+// The versions of Landlock with which it restricts what opens a file, all that Linux 6.12 can, and all that vhostd asks of it.
 const (
-	landlockFiles = 3
-	landlockAll   = 9
+	landlockFiles  = 3
+	landlockScopes = 6
+	landlockAll    = 9
 )
+
+// landlockMeaning is what follows from a version.
+func landlockMeaning(version int) string {
+	switch {
+	case version < landlockFiles:
+		return "files are restricted, their truncation (Linux 6.2) and TCP (6.7) are not"
+	case version < landlockScopes:
+		return "files are restricted; TCP needs Linux 6.7, devices' ioctl 6.10, abstract UNIX sockets 6.12"
+	case version < landlockAll:
+		return fmt.Sprintf("vhostd opens no files but those that it needs; that it connects to no other UNIX sockets takes version %d", landlockAll)
+	}
+	return "vhostd opens no files but those that it needs"
+}
 
 // checkConfinement looks at what vhostd can have taken from itself once it is started.
 func checkConfinement() []finding {
@@ -174,16 +188,11 @@ func checkConfinement() []finding {
 		calls.Meaning = "vhostd runs without: whoever finds a fault in it may try all of the kernel's system calls"
 		calls.Fix = "a kernel with CONFIG_SECCOMP_FILTER, or a container whose profile lets seccomp(2) pass"
 	}
-	files := finding{What: "Landlock", Verdict: verdictOK, Detail: fmt.Sprintf("version %d", s.Landlock), Meaning: "vhostd opens no files but those that it needs"}
-	switch {
-	case s.LandlockErr != nil:
+	files := finding{What: "Landlock", Verdict: verdictOK, Detail: fmt.Sprintf("version %d", s.Landlock), Meaning: landlockMeaning(s.Landlock)}
+	if s.LandlockErr != nil {
 		files.Verdict, files.Detail = verdictWarn, s.LandlockErr.Error()
 		files.Meaning = "vhostd runs without: whoever finds a fault in it can open what its user can, as far as seccomp lets him"
 		files.Fix = "Linux 5.13 with CONFIG_SECURITY_LANDLOCK, and landlock in the lsm= of the kernel's command line"
-	case s.Landlock < landlockFiles:
-		files.Meaning = "files are restricted, their truncation (Linux 6.2) and TCP (6.7) are not"
-	case s.Landlock < landlockAll:
-		files.Meaning = "files are restricted; TCP needs Linux 6.7, devices' ioctl 6.10, abstract UNIX sockets 6.12, those with paths Landlock's version 9"
 	}
 	return []finding{calls, files}
 }

@@ -133,6 +133,9 @@ func (f flags) settle(given func(name string) bool) (settings, error) {
 	if given("fd") && f.fd < 0 {
 		return s, usagef("--fd %d: want the number of an inherited descriptor", f.fd)
 	}
+	if f.socketPath == "" && f.socketMode+f.socketGroup+f.socketOwner != "" {
+		return s, usagef("--socket-mode, --socket-group and --socket-owner are for a socket that vhostd makes: one that is inherited stays as it is")
+	}
 	if f.pprof && f.metrics == "" {
 		return s, usagef("--pprof needs --metrics: the address to serve on")
 	}

@@ -29,12 +29,15 @@ type statsFlags struct {
 }
 
 // address is how people say which vhostd they mean.
-type address struct{ control, socketPath, config string }
+type address struct {
+	control, socketPath, config string
+	run                         bool // a `vhostd run` may be meant
+}
 
 // register adds the options; run says whether a `vhostd run` may be meant.
 func (a *address) register(fs *pflag.FlagSet, run bool) {
 	usage := "the daemon's control socket, `path`"
-	if run {
+	if a.run = run; run {
 		fs.StringVar(&a.socketPath, "socket-path", "", "the vhost-user socket of a vhostd run, `path`")
 		usage += " (default: --socket-path with " + controlSuffix + " added, or what the configuration says)"
 	}
@@ -45,10 +48,14 @@ func (a *address) register(fs *pflag.FlagSet, run bool) {
 // path is the control socket's.
 func (a *address) path() (string, error) {
 	switch {
+	case a.socketPath != "" && a.config != "":
+		return "", usagef("--config is of a vhostd serve, --socket-path of a vhostd run: say which one to ask")
 	case a.control != "":
 		return a.control, nil
 	case a.socketPath != "":
 		return a.socketPath + controlSuffix, nil
+	case a.config == "" && !a.run:
+		return "", usagef("--config or --control is needed: which vhostd to ask")
 	case a.config == "":
 		return "", usagef("--config (of vhostd serve), --socket-path (of vhostd run) or --control is needed: which vhostd to ask")
 	}

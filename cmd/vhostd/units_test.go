@@ -119,6 +119,15 @@ func TestPrintReport(t *testing.T) {
 	}
 }
 
+// TestLandlockMeaning: of what a version has, nothing is said to be missing.
+func TestLandlockMeaning(t *testing.T) {
+	for version, want := range map[int][2]string{1: {"truncation", "abstract"}, 3: {"6.7", "version 9"}, 6: {"version 9", "6.7"}, 8: {"version 9", "abstract"}, 9: {"opens no files", "version"}} {
+		if got := landlockMeaning(version); !strings.Contains(got, want[0]) || strings.Contains(got, want[1]) {
+			t.Errorf("version %d: %q, want %q in it and not %q", version, got, want[0], want[1])
+		}
+	}
+}
+
 func TestDoctor(t *testing.T) {
 	text := command(t, "doctor")
 	asJSON := command(t, "doctor", "--json")
