@@ -107,16 +107,11 @@ func newStats() *cobra.Command {
 
 // show asks once, or until ctx ends.
 func (f statsFlags) show(ctx context.Context, path string, w io.Writer) error {
-	c, err := control.Dial(ctx, path)
-	if err != nil {
-		return err
-	}
-	defer c.Close()
 	tick := time.NewTicker(f.interval)
 	defer tick.Stop()
 	var before *answer
 	for {
-		now, err := f.once(ctx, c, before, w)
+		now, err := f.once(ctx, path, before, w)
 		switch {
 		case ctx.Err() != nil:
 			return nil
@@ -140,9 +135,15 @@ type answer struct {
 	Switch   *switchReport  `json:"switch"` // that was asked for
 }
 
-func (f statsFlags) once(ctx context.Context, c *control.Client, before *answer, w io.Writer) (*answer, error) {
+// once asks in a conversation of its own: the daemon hangs up on who says nothing for long, and an interval may be longer.
+func (f statsFlags) once(ctx context.Context, path string, before *answer, w io.Writer) (*answer, error) {
 	ctx, cancel := context.WithTimeout(ctx, statsTimeout)
 	defer cancel()
+	c, err := control.Dial(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
 	var args any
 	if f.port != "" || f.sw != "" {
 		args = statsArgs{f.port, f.sw}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -74,6 +75,32 @@ func TestStats(t *testing.T) {
 		if !regexp.MustCompile(want).MatchString(table.stdout) {
 			t.Errorf("no %q in:\n%s%s", want, table.stdout, table.stderr)
 		}
+	}
+}
+
+// TestStatsWatchSlowly: a daemon hangs up on who says nothing for a minute, and so may come before the next look.
+func TestStatsWatchSlowly(t *testing.T) {
+	path := socketIn(t)
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ctx, stop := context.WithCancel(t.Context())
+	go func() {
+		defer stop()
+		for range 3 {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = bufio.NewReader(c).ReadString('\n')
+			fmt.Fprintln(c, `{"version":1,"result":{}}`)
+			c.Close()
+		}
+	}()
+	if err := (statsFlags{watch: true, json: true, interval: 10 * time.Millisecond}).show(ctx, path, io.Discard); err != nil {
+		t.Error(err)
 	}
 }
 
