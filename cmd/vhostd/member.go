@@ -49,6 +49,7 @@ func (f *fleet) startMember(conf config.Port, s settled, log *slog.Logger) *memb
 		}
 	}
 	if err != nil {
+		m.cancel() // another one takes its place without stopping it
 		m.fail(err)
 		close(m.done)
 		return m
@@ -60,6 +61,7 @@ func (f *fleet) startMember(conf config.Port, s settled, log *slog.Logger) *memb
 
 func (m *member) serve(ctx context.Context, ready <-chan struct{}) {
 	defer close(m.done)
+	defer m.cancel()
 	select {
 	case <-ready:
 	case <-ctx.Done():
