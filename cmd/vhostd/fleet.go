@@ -119,6 +119,11 @@ func (f *fleet) reload(dry bool) (*reloadReport, error) {
 	if f.ctx.Err() != nil {
 		return nil, errEnding
 	}
+	select {
+	case <-f.confined:
+	default: // the control socket is there before begin, and after one that failed
+		return nil, errStarting
+	}
 	u, err := understand(f.path)
 	if err != nil {
 		return nil, err

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/vhostd/vhostd/internal/config"
+	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/netdev"
 )
 
@@ -23,6 +24,22 @@ func (c *counting) Done() <-chan struct{} { return c.done }
 func (c *counting) AfterFunc(func()) (stop func() bool) {
 	c.n.Add(1)
 	return func() bool { return c.n.Add(-1) >= 0 }
+}
+
+// TestReloadBeforeBegin: whoever is quick to ask a daemon that starts has nothing opened that begin does not know of, be it that begin fails.
+func TestReloadBeforeBegin(t *testing.T) {
+	m := &many{dir: vhosttest.ShortDir(t)}
+	m.write(t, "[port.a]\n")
+	f := newFleet(t.Context(), m.file(), slog.New(slog.DiscardHandler), new(slog.LevelVar))
+	if r, err := f.reload(false); !errors.Is(err, errStarting) {
+		t.Errorf("%+v, %v", r, err)
+	}
+	if exists(m.socket("a")) {
+		t.Error("a port was opened")
+	}
+	if err := f.end(); err != nil {
+		t.Error(err)
+	}
 }
 
 // TestFailedPortsLeaveNothing: a port that cannot be opened is tried at each reload, for as long as the daemon lives.

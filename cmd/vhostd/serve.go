@@ -148,5 +148,8 @@ func (d *fleet) handleReload(args json.RawMessage) (any, error) {
 	return d.reload(a.DryRun)
 }
 
-// errEnding is for what is asked of a daemon that ends.
-var errEnding = errors.New("vhostd is ending")
+// These are for what is asked of a daemon that does not serve.
+var (
+	errStarting = errors.New("vhostd is starting, or could not: ask again")
+	errEnding   = errors.New("vhostd is ending")
+)
