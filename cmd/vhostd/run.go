@@ -125,7 +125,10 @@ func openDoors(s settings, socket string, stats func() report, log *slog.Logger)
 	var open doors
 	if path := s.controlPath(socket); path != "" {
 		c, err := listenControl(path, map[string]control.Handler{"stats": func(args json.RawMessage) (any, error) {
-			return stats(), control.ParseArgs(args, &struct{}{})
+			if err := control.ParseArgs(args, &struct{}{}); err != nil {
+				return nil, fmt.Errorf("a vhostd run has one port and no switch to be asked for by name (%w)", err)
+			}
+			return stats(), nil
 		}}, s.mayControl(), s.become)
 		if err != nil {
 			return nil, fmt.Errorf("%w (--control chooses another path, --control %s does without)", err, controlNone)

@@ -104,6 +104,15 @@ func TestStatsWatchSlowly(t *testing.T) {
 	}
 }
 
+// TestStatsOfPortOfRun: options of the other kind of daemon are refused in words of people.
+func TestStatsOfPortOfRun(t *testing.T) {
+	path := socketIn(t)
+	start(t, "--socket-path", path, "--net", "null")
+	if got := command(t, "stats", "--socket-path", path, "--port", "vm1"); got.code != exitFailure || !strings.Contains(got.stderr, "a vhostd run has one port") {
+		t.Errorf("%+v", got)
+	}
+}
+
 // TestStatsWatch reads a few of the looks that --watch takes, and interrupts it.
 func TestStatsWatch(t *testing.T) {
 	path := socketIn(t)
