@@ -99,10 +99,12 @@ func NewConnFD(fd int, opts ConnOptions) (*Conn, error) {
 	return NewConn(sock, opts), nil
 }
 
-// Close ends the connection and wakes up whoever reads or writes. It may be called more than once. Where the peer has sent what closes slowly, it takes a moment.
+// Close ends the connection and wakes up whoever reads or writes. It may be called more than once. Where the peer has sent what closes slowly, it takes a moment,
+// and the socket may be there for longer; but either end knows from then on that this one has hung up.
 func (c *Conn) Close() error {
 	c.closing.Do(func() {
 		close(c.closed)
+		_ = c.sock.CloseWrite()
 		c.err = aside(c.closeSock)
 	})
 	return c.err
@@ -125,8 +127,20 @@ func (c *Conn) closeSock() error {
 // Closed is closed when Close has been called.
 func (c *Conn) Closed() <-chan struct{} { return c.closed }
 
+func (c *Conn) isClosed() bool {
+	select {
+	case <-c.closed:
+		return true
+	default:
+		return false
+	}
+}
+
 // HungUp tells, without waiting, whether either end has closed the connection. Messages may still be left to read.
 func (c *Conn) HungUp() bool {
+	if c.isClosed() {
+		return true
+	}
 	raw, err := c.sock.SyscallConn()
 	if err != nil {
 		return true
@@ -311,6 +325,9 @@ func (c *Conn) WriteRaw(b []byte, fds []int) error {
 	defer c.writing.Unlock()
 	sending()
 	err := c.writeAll(b, fds)
+	if err != nil && c.isClosed() {
+		err = net.ErrClosed // and not how far that has come
+	}
 	if err != nil {
 		c.Close()
 	}

@@ -84,6 +84,35 @@ func TestF18CloseWhileRead(t *testing.T) {
 	<-closed
 }
 
+// TestHungUpWhileClosing: however long the close of its socket takes, a connection that was closed is seen to be by either end: the next one would be refused else.
+func TestHungUpWhileClosing(t *testing.T) {
+	p := pair(t, unix.SOCK_STREAM)
+	fd, err := unix.Dup(p[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	var conns [2]*vhostuser.Conn
+	for i, fd := range []int{p[0], fd} {
+		if conns[i], err = vhostuser.NewConnFD(fd, vhostuser.ConnOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		defer conns[i].Close()
+	}
+	raw, err := conns[0].Sock().SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = raw.Control(func(uintptr) { // the socket cannot go meanwhile
+		conns[0].Close()
+		if !conns[0].HungUp() || !conns[1].HungUp() {
+			t.Errorf("hung up: %v here, %v there", conns[0].HungUp(), conns[1].HungUp())
+		}
+		if err := conns[0].WriteRaw([]byte{1}, nil); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("writing: %v", err)
+		}
+	})
+}
+
 // As may who hands over a back channel that is none, or has such descriptors in it.
 func TestF18BackChannelThatIsNone(t *testing.T) {
 	fd, release := vhosttest.Lingering(t)
