@@ -9,6 +9,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vhostd/vhostd/internal/vhosttest"
+	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
 )
@@ -223,4 +225,25 @@ func descriptors(t *testing.T) (all []string) {
 		}
 	}
 	return all
+}
+
+// RecvTooBig checks that a frame which the guest's buffers can never take is lost and counted, and that the next one arrives. inject has a frame come from outside.
+func RecvTooBig(t testing.TB, q netdev.Queue, inject func(frame []byte)) {
+	t.Helper()
+	g := NewGuest(t, 16, virtio.FVersion1)
+	g.Post(2, 200)
+	p := zerocopy.NewPosted(g.Ring, virtio.FVersion1)
+	for n, size := range []int{1000, 100} {
+		inject(Frame(size, uint32(n)))
+	}
+	vhosttest.Eventually(t, "the frame behind", func() bool {
+		if _, _, err := q.Recv(p, 1); err != nil {
+			t.Fatal(err)
+		}
+		_, b := g.Take()
+		return bytes.Equal(b, Frame(100, 1))
+	})
+	if n := q.Counters().RecvDropped; n != 1 {
+		t.Errorf("RecvDropped is %d, want 1", n)
+	}
 }
