@@ -146,13 +146,17 @@ func (rd *round) exchange(t *testing.T, guests []*vhosttest.Guest) {
 		}()
 		go func() { errs <- s.receive(guests[to], &gates[to], sent) }()
 	}
-	rd.disturb(t, guests, gates)
-	close(stop)
-	for range 2 * len(all) {
-		if err := <-errs; err != nil {
-			t.Error(err)
+	end := sync.OnceFunc(func() {
+		close(stop)
+		for range 2 * len(all) {
+			if err := <-errs; err != nil {
+				t.Error(err)
+			}
 		}
-	}
+	})
+	defer end() // before the guests, where disturb has failed
+	rd.disturb(t, guests, gates)
+	end()
 	for _, s := range all {
 		rd.frames, rd.bytes, rd.lost = rd.frames+s.frames, rd.bytes+s.expected.Load(), rd.lost+s.lost
 	}
@@ -198,9 +202,11 @@ func (rd *round) disturb(t *testing.T, guests []*vhosttest.Guest, gates []gate) 
 			rd.restarts++
 			what = fmt.Sprintf("queue %d of guest %d restarts", q.Index, i)
 		case 1:
-			gates[i].mu.Lock()
-			g.Reconnect()
-			gates[i].mu.Unlock()
+			func() {
+				gates[i].mu.Lock()
+				defer gates[i].mu.Unlock()
+				g.Reconnect()
+			}()
 			rd.reconnects++
 			what = fmt.Sprintf("guest %d reconnects", i)
 		case 2:
