@@ -114,6 +114,13 @@ func launch(t *testing.T, cmd *exec.Cmd) *process {
 		p.code = cmd.ProcessState.ExitCode()
 	}()
 	t.Cleanup(func() {
+		if t.Failed() { // what is it doing?
+			_ = cmd.Process.Signal(syscall.SIGQUIT)
+			select {
+			case <-p.ended:
+			case <-time.After(5 * time.Second):
+			}
+		}
 		_ = cmd.Process.Kill()
 		<-p.ended
 		if t.Failed() {

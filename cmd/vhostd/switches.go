@@ -20,7 +20,9 @@ type switchPart struct {
 func (f *fleet) openSwitch(c config.Switch) part {
 	sw, err := l2switch.New(l2switch.Config{
 		Name: c.Name, MaxAddresses: c.MaxAddresses, Ageing: c.Ageing, MTU: c.MTU, Hold: c.Hold, Backlog: c.Backlog, BacklogBytes: c.BacklogBytes,
-		Log: f.log.With("switch", c.Name),
+		// Threads that wait in the kernel while all are confined are woken for each step, and Go 1.26 may then overlook one that waits again: what stops all of
+		// them, as a step does, hangs for up to a minute.
+		Start: f.confined, Log: f.log.With("switch", c.Name),
 	})
 	return &switchPart{c, sw, err}
 }

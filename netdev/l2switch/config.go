@@ -21,7 +21,9 @@ type Config struct {
 	Backlog int
 	// BacklogBytes bounds the memory of the copies among them: 2 KiB each, 16 of longer ones, 64 of those beyond. 0: DefaultBacklogBytes.
 	BacklogBytes int
-	Log          *slog.Logger // nil: none
+	// Start is closed when uplinks are to begin to receive. Until then they have no thread that waits in the kernel. nil: they begin at once.
+	Start <-chan struct{}
+	Log   *slog.Logger // nil: none
 }
 
 // Defaults of Config.

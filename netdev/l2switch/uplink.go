@@ -24,6 +24,7 @@ type uplink struct {
 	port  *Port
 	dev   netdev.Device
 	lines []*line
+	left  chan struct{} // closed when the uplink is to end
 	done  sync.WaitGroup
 }
 
@@ -66,7 +67,7 @@ func (s *Switch) Uplink(dev netdev.Device, c PortConfig) error {
 	if c.MTU == 0 {
 		c.MTU = caps.MTU
 	}
-	up := &uplink{dev: dev}
+	up := &uplink{dev: dev, left: make(chan struct{})}
 	if err := errors.Join(dev.SetOffloads(offload.All), dev.SetPairs(c.Pairs)); err != nil {
 		return fmt.Errorf("port %q: %w", c.Name, err)
 	}
@@ -106,6 +107,7 @@ func (u *uplink) free() {
 
 // close ends the lines and closes the device.
 func (u *uplink) close() error {
+	close(u.left)
 	for _, l := range u.lines {
 		l.end()
 	}
@@ -129,6 +131,12 @@ func (l *line) end() {
 func (l *line) run() {
 	defer l.up.done.Done()
 	debug.SetPanicOnFault(true) // it delivers into guests' memory; see netdev.Door
+	if start := l.up.port.sw.cfg.Start; start != nil {
+		select {
+		case <-start:
+		case <-l.up.left:
+		}
+	}
 	for {
 		moved, room := l.receive()
 		if ok := l.flush(); !ok {

@@ -391,3 +391,32 @@ func TestUplinkFloodHoldsUpNobody(t *testing.T) {
 	netdevtest.NewPeer(t, far).Inject(in)
 	l.expect("a", in)
 }
+
+// TestUplinkStart: an uplink that is not to begin yet receives nothing, and can be taken away.
+func TestUplinkStart(t *testing.T) {
+	start := make(chan struct{})
+	l := newLab(t, l2switch.Config{Start: start}, l2switch.PortConfig{Name: "a"})
+	var peers []*netdevtest.Peer
+	for _, name := range []string{"early", "there"} {
+		near, far, err := pair.New(pair.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer far.Close()
+		if err := l.s.Uplink(near, l2switch.PortConfig{Name: name}); err != nil {
+			t.Fatal(err)
+		}
+		peers = append(peers, netdevtest.NewPeer(t, far))
+	}
+	if err := l.s.RemovePort("early"); err != nil {
+		t.Fatal(err)
+	}
+	in := ether(everybody, mac(10), 0x88b5)
+	peers[1].Inject(in)
+	time.Sleep(20 * time.Millisecond) // it would have come
+	if st := l.stats("there"); st.FromGuest.Frames != 0 {
+		t.Errorf("%d frames came before the start", st.FromGuest.Frames)
+	}
+	close(start)
+	l.expect("a", in)
+}
