@@ -303,7 +303,10 @@ func (p *player) expectNotify() {
 	if at := fuzzUsed + offAvailEvent(fuzzSize); p.f.Has(virtio.FEventIdx) {
 		copy(p.was[at:][:2], p.lo[at:])
 	}
-	copy(p.was[fuzzUsed+2:], shm.Bytes([]uint16{p.dev.UsedIndex()})) // the word has one writer, whatever the driver did to it
+	// Where flags are stored the index is, too, in one word, whatever the driver has done to it; and nowhere else.
+	if idx := shm.Bytes([]uint16{p.dev.UsedIndex()}); bytes.Equal(p.lo[fuzzUsed+2:][:2], idx) {
+		copy(p.was[fuzzUsed+2:], idx)
+	}
 }
 
 func (p *player) doUnpop(n int) {
