@@ -5,6 +5,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/internal/require"
 )
 
 // overflow has the kernel add one to an eventfd whose counter is full, which no write can: a poll then tells of an error, and not only of what there is to read. Here it is
@@ -16,7 +18,7 @@ func overflow(t *testing.T, fd int) {
 	defer unix.Close(file)
 	var ctx uintptr
 	if _, _, errno := unix.Syscall(unix.SYS_IO_SETUP, 1, uintptr(unsafe.Pointer(&ctx)), 0); errno != 0 {
-		t.Skipf("no asynchronous I/O: %v", errno)
+		require.Skip(t, "aio", "no asynchronous I/O: %v", errno)
 	}
 	defer unix.Syscall(unix.SYS_IO_DESTROY, ctx, 0, 0)
 	var b [1]byte

@@ -16,6 +16,7 @@ import (
 
 	"github.com/vhostd/vhostd/bench"
 	"github.com/vhostd/vhostd/internal/placement"
+	"github.com/vhostd/vhostd/internal/require"
 )
 
 // golden compares with a file of testdata.
@@ -113,7 +114,7 @@ func openTerminal(t *testing.T) (master, slave *os.File) {
 	t.Helper()
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
-		t.Skip("this machine has no /dev/ptmx")
+		require.Skip(t, "terminal", "this machine has no /dev/ptmx")
 	}
 	if err != nil {
 		t.Fatal(err)

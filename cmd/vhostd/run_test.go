@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/vhostd/vhostd/internal/confine"
+	"github.com/vhostd/vhostd/internal/require"
 	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/virtio"
 )
@@ -142,7 +143,7 @@ func TestSocketModeAndGroup(t *testing.T) {
 func TestSocketGroupByName(t *testing.T) {
 	g, err := user.LookupGroupId(fmt.Sprint(os.Getegid()))
 	if err != nil {
-		t.Skipf("the group of this process has no name: %v", err)
+		require.Skip(t, "group", "that of this process has no name: %v", err)
 	}
 	if gid, err := confine.LookupGroup(g.Name); err != nil || gid != os.Getegid() {
 		t.Errorf("group %s is %d (%v), want %d", g.Name, gid, err, os.Getegid())

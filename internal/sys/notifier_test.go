@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/internal/require"
 )
 
 func TestNotifier(t *testing.T) {
@@ -61,8 +63,8 @@ func TestNotifier(t *testing.T) {
 	// It takes what is written, as an eventfd does, and there is no read of it that does not wait.
 	if fd, err := unix.FanotifyInit(unix.FAN_CLASS_NOTIF|unix.FAN_REPORT_FID|unix.FAN_CLOEXEC, 0); err == nil {
 		others["fanotify"] = open(fd, nil)
-	} else {
-		t.Logf("without fanotify: %v", err)
+	} else if t.Logf("without fanotify: %v", err); require.Required("fanotify") {
+		t.Error("fanotify is required")
 	}
 	for name, fd := range others {
 		if err := Notifier(fd); !errors.Is(err, ErrNotifier) {

@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vhostd/vhostd/internal/require"
 )
 
 // TestPeerOf: both ends of a connection are told who is at the other.
@@ -45,9 +47,7 @@ func TestPeerOf(t *testing.T) {
 
 // TestManyPeerGroups: more than the first guess has room for.
 func TestManyPeerGroups(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("skipped: only root can join groups")
-	}
+	require.Root(t, "root") // who joins groups
 	old, err := unix.Getgroups()
 	if err != nil {
 		t.Fatal(err)

@@ -9,6 +9,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/vhostd/vhostd/internal/require"
 	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
@@ -78,7 +79,7 @@ func TestRecvLarge(t *testing.T) {
 	w := newWire(t)
 	f := largeRecv | virtio.FNetGuestUSO4 | virtio.FNetGuestUSO6
 	if !d.uso {
-		t.Skip("skipped: this kernel has no UDP segmentation in virtio-net headers")
+		require.Skip(t, "uso", "this kernel has no UDP segmentation in virtio-net headers")
 	}
 	for _, lens := range [][]int{{1 << 17}, {12, 1 << 17}, {700}, {5, 7, 3000}} {
 		g := newGuest(t, d, 0, f)
@@ -186,7 +187,7 @@ func TestRecvQueueOverflow(t *testing.T) {
 	inNetns(t)
 	d := open(t, "packet:"+devName)
 	if !d.uso {
-		t.Skip("skipped: this kernel has no UDP segmentation in virtio-net headers")
+		require.Skip(t, "uso", "this kernel has no UDP segmentation in virtio-net headers")
 	}
 	w, g := newWire(t), newGuest(t, d, 0, largeRecv|virtio.FNetGuestUSO4|virtio.FNetGuestUSO6)
 	hdr, large := udpFrame(60000, 1)

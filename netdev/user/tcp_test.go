@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vhostd/vhostd/internal/require"
 	"github.com/vhostd/vhostd/virtio"
 )
 
@@ -108,7 +109,7 @@ func TestTCPMovesBytesBothWays(t *testing.T) {
 
 func TestTCPOverIPv6(t *testing.T) {
 	if l, err := net.Listen("tcp6", "[::1]:0"); err != nil {
-		t.Skipf("the host has no IPv6: %v", err)
+		require.Skip(t, "ipv6", "the host has none: %v", err)
 	} else {
 		l.Close()
 	}
