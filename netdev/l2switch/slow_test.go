@@ -18,10 +18,11 @@ import (
 )
 
 // deaf is a guest that receives nothing more: all its posted buffers are used up, and none comes anew.
-func deaf(t *testing.T, s *l2switch.Switch, name string, n int, talker vm, talks int) vm {
+// others are all that the switch has besides talker: they have taken what was flooded when deaf returns.
+func deaf(t *testing.T, s *l2switch.Switch, name string, n int, talker vm, talks int, others ...vm) vm {
 	t.Helper()
 	d := start(t, s, l2switch.PortConfig{Name: name}, vhosttest.Options{QueueSize: 64})
-	d.meet(t, n, talker)
+	d.meet(t, n, append(others, talker)...)
 	for i := range uint64(64) {
 		talker.send(t, frame(mac(n), mac(talks), i, 100))
 	}
@@ -49,9 +50,7 @@ func TestSlowReceiverKeepsNoPages(t *testing.T) {
 	c := start(t, s, l2switch.PortConfig{Name: "c"}, vhosttest.Options{})
 	a.meet(t, 1, c)
 	c.meet(t, 3, a)
-	b := deaf(t, s, "b", 2, a, 1)
-	a.recvAll(t)
-	c.recvAll(t)
+	b := deaf(t, s, "b", 2, a, 1, c)
 	const frames = 1000
 	for i := range uint64(frames) {
 		a.send(t, frame(mac(2), mac(1), 64+i, 1000))
@@ -185,9 +184,7 @@ func TestTruncatedSender(t *testing.T) {
 			big := vhosttest.RegionSpec{GPA: 0, Size: 8 << 20}
 			a := start(t, s, l2switch.PortConfig{Name: "a"}, vhosttest.Options{Regions: []vhosttest.RegionSpec{big}, SendSize: 16 << 10})
 			third := start(t, s, l2switch.PortConfig{Name: "c"}, vhosttest.Options{})
-			b := deaf(t, s, "b", 2, third, 3)
-			a.recvAll(t)
-			third.recvAll(t)
+			b := deaf(t, s, "b", 2, third, 3, a)
 			for i := range uint64(10) {
 				if err := a.Send(0, virtio.NetHdr{}, frame(mac(2), mac(1), i, 9000), nil); err != nil {
 					t.Fatal(err)
