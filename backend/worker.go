@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/vhostd/vhostd/internal/shm"
+	"github.com/vhostd/vhostd/internal/sys"
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/vring"
@@ -36,6 +37,7 @@ const looksPerClock = 8
 // With several queues each has a turn, and the worker is idle when all are.
 func (w *worker) run() {
 	defer changeProcs(-1)
+	defer sys.Heartbeat()()
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	debug.SetPanicOnFault(true)

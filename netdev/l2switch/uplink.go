@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/internal/shm"
+	"github.com/vhostd/vhostd/internal/sys"
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/netdev/soft"
 	"github.com/vhostd/vhostd/offload"
@@ -130,6 +131,7 @@ func (l *line) end() {
 // run is the line's goroutine.
 func (l *line) run() {
 	defer l.up.done.Done()
+	defer sys.Heartbeat()()
 	debug.SetPanicOnFault(true) // it delivers into guests' memory; see netdev.Door
 	if start := l.up.port.sw.cfg.Start; start != nil {
 		select {
