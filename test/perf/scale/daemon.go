@@ -7,9 +7,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -48,20 +50,37 @@ func startDaemon(vhostd, network string, n int) (*daemon, error) {
 	if err := os.WriteFile(config, []byte(b.String()), 0o600); err != nil {
 		return nil, err
 	}
+	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Net: "unixgram", Name: filepath.Join(dir, "notify")})
+	if err != nil {
+		return nil, err
+	}
+	defer manager.Close()
 	d.cmd = exec.Command(vhostd, "serve", "--config", config)
+	d.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+manager.LocalAddr().String())
 	d.cmd.Stderr = &d.log
 	if err := d.cmd.Start(); err != nil {
 		return nil, err
 	}
-	for until := time.Now().Add(stuck); ; time.Sleep(5 * time.Millisecond) {
-		if _, err := os.Stat(d.socket(n - 1)); err == nil {
-			if _, err := d.stats(); err == nil {
-				return d, nil
-			}
+	if err := told(manager, "READY=1"); err != nil {
+		_ = d.stop()
+		return nil, fmt.Errorf("vhostd is not ready: %w\n%s", err, d.log.String())
+	}
+	return d, nil
+}
+
+// told waits for a line of what vhostd tells its service manager. Sockets alone tell less: they are there before all that belongs to their ports is.
+func told(manager *net.UnixConn, line string) error {
+	if err := manager.SetReadDeadline(time.Now().Add(stuck)); err != nil {
+		return err
+	}
+	buf := make([]byte, 4096)
+	for {
+		n, err := manager.Read(buf)
+		if err != nil {
+			return err
 		}
-		if time.Now().After(until) {
-			_ = d.stop()
-			return nil, fmt.Errorf("vhostd is not ready after %v:\n%s", stuck, d.log.String())
+		if slices.Contains(strings.Split(string(buf[:n]), "\n"), line) {
+			return nil
 		}
 	}
 }
