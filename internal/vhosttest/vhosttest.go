@@ -26,8 +26,12 @@ import (
 	"time"
 
 	"github.com/vhostd/vhostd/guestmem"
+	"github.com/vhostd/vhostd/internal/sys"
 	"github.com/vhostd/vhostd/virtio"
 )
+
+// Guests sleep in system calls, beside a back-end in another process too, where nobody else keeps Go's timers going.
+func init() { sys.Heartbeat() }
 
 // Patience bounds every wait. It is no measure of speed: nothing but a hang takes that long.
 const Patience = 60 * time.Second
