@@ -5,8 +5,7 @@ import (
 	"fmt"
 	"testing"
 
-	"go.uber.org/goleak"
-
+	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/netdev/null"
@@ -17,7 +16,7 @@ import (
 	"github.com/vhostd/vhostd/zerocopy"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { vhosttest.Main(m) }
 
 // rig is a device without offloads, wrapped, and its far end.
 type rig struct {

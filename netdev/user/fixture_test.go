@@ -27,6 +27,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 
+	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/offload"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
@@ -85,7 +86,7 @@ func openWith(t testing.TB, o Options) *Device {
 	d := nd.(*Device)
 	t.Cleanup(func() {
 		must(t, d.Close())
-		if err := goleak.Find(before); err != nil {
+		if err := vhosttest.FindGoroutines(before); err != nil {
 			t.Error(err)
 		}
 	})
