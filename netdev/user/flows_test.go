@@ -149,19 +149,24 @@ func TestForwardTCP(t *testing.T) {
 	c, err := net.Dial("tcp", fwd[0].Host.String())
 	must(t, err)
 	defer c.Close()
-	// The connection waits for the guest to come up.
-	g.addAddress(netip.PrefixFrom(guestIP, 24))
-	l, err := gonet.ListenTCP(g.stack, full(netip.AddrPortFrom(guestIP, 80)), header.IPv4ProtocolNumber)
+	// The connection waits for the guest to come up, which listens by then: a refusal would be believed.
+	l, err := gonet.ListenTCP(g.stack, tcpip.FullAddress{NIC: 1, Port: 80}, header.IPv4ProtocolNumber)
 	must(t, err)
 	defer l.Close()
+	g.addAddress(netip.PrefixFrom(guestIP, 24))
 	const size = 8 << 20
+	// One way after the other. A guest that echoes stops reading while it writes, and gVisor's TCP takes no ACK while its window is closed but for less than
+	// what the window scale can tell: the peer's sequence number is then beyond the window, and neither end ever goes on.
 	go func() {
 		c, err := l.Accept()
 		if err != nil {
 			return
 		}
 		defer c.Close()
-		io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c})
+		if n, crc, err := sum(c); err != nil || n != size || crc != wantSum(size) {
+			t.Errorf("host to guest: %d bytes, crc %08x, %v; want %d and %08x", n, crc, err, size, wantSum(size))
+		}
+		io.Copy(struct{ io.Writer }{c}, newPattern(size))
 	}()
 	c.SetDeadline(time.Now().Add(testTimeout))
 	go func() {
@@ -170,7 +175,7 @@ func TestForwardTCP(t *testing.T) {
 	}()
 	n, crc, err := sum(c)
 	if want := wantSum(size); err != nil || n != size || crc != want {
-		t.Fatalf("%d bytes, crc %08x, %v; want %d and %08x", n, crc, err, size, want)
+		t.Fatalf("guest to host: %d bytes, crc %08x, %v; want %d and %08x", n, crc, err, size, want)
 	}
 	if s := d.Stats().Forwards[0]; s.Total != 1 || s.Guest.String() != "10.0.2.15:80" {
 		t.Errorf("%+v", s)
