@@ -39,11 +39,14 @@ func (l *lab) sink() {
 	l.Run("ip -n " + l.Here + " link set i0 up")
 }
 
-// device opens a device here, which the caller closes.
-func (l *lab) device(options string) (d *udp.Device) {
+// device opens a device here, which the caller closes. edit has the last word on its options.
+func (l *lab) device(options string, edit ...func(o *udp.Options)) (d *udp.Device) {
 	l.Helper()
 	o, err := udp.ParseOptions(options)
 	must(l, err)
+	for _, f := range edit {
+		f(&o)
+	}
 	l.In(l.Here, func() (err error) { d, err = udp.Open(o); return err })
 	return d
 }
