@@ -286,8 +286,13 @@ func TestPendingCap(t *testing.T) {
 				t.Fatalf("frame %d is another: order was not kept", i)
 			}
 		}
-		r.want(t, zerocopy.CopiedCap) // at the same time three are in flight still
-		r.want(t, zerocopy.CopiedAnyway, zerocopy.CopiedAnyway, zerocopy.CopiedAnyway)
+		now := map[zerocopy.Outcome]int{} // in any order: the kernel may let go of the three before the last one, that found them in flight, is released
+		for range 4 {
+			now[r.next(t)]++
+		}
+		if now[zerocopy.CopiedCap] != 1 || now[zerocopy.CopiedAnyway] != 3 {
+			t.Errorf("released as %v", now)
+		}
 		last := netdevtest.Frame(big, 5)
 		r.send(last)
 		r.want(t, zerocopy.CopiedAnyway)
@@ -307,13 +312,12 @@ func TestFullSocket(t *testing.T) {
 			break
 		}
 	}
-	fds := []unix.PollFd{{Fd: int32(r.q.SendFD()), Events: unix.POLLOUT}}
-	if n, err := unix.Poll(fds, 0); taken == 10_000 || n != 0 || err != nil {
-		t.Fatalf("%d frames taken, then writable: %d, %v", taken, n, err)
+	if writable := netdevtest.Poll(t, r.q.SendFD(), unix.POLLOUT, 0); taken == 10_000 || writable {
+		t.Fatalf("%d frames taken, then writable: %v", taken, writable)
 	}
 	r.purge("v0")
-	if n, err := unix.Poll(fds, int(patience.Milliseconds())); n != 1 || err != nil {
-		t.Fatalf("writable: %d, %v", n, err)
+	if !netdevtest.Poll(t, r.q.SendFD(), unix.POLLOUT, patience) {
+		t.Fatal("not writable, with the socket empty")
 	}
 	last := netdevtest.Frame(60, 1)
 	r.send(last)
