@@ -101,8 +101,7 @@ func notReady(oob []byte) bool {
 
 // tryRecv is recv for any goroutine: no frame in time is no fault.
 func (w *wire) tryRecv(timeout time.Duration) ([]byte, bool) {
-	fds := []unix.PollFd{{Fd: int32(w.FD), Events: unix.POLLIN}}
-	if n, err := unix.Poll(fds, int(timeout.Milliseconds())); n != 1 || err != nil {
+	if !netdevtest.Poll(w, w.FD, unix.POLLIN, timeout) {
 		return nil, false
 	}
 	n, _, err := unix.Recvfrom(w.FD, w.buf[:], 0)
