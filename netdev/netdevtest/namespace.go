@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/internal/require"
+	"github.com/vhostd/vhostd/internal/vhosttest"
 )
 
 // InNamespace moves the test to a network namespace of its own, in which the kernel sends nothing by itself. Subtests run on threads
@@ -53,6 +54,12 @@ func Link(t testing.TB, name string) netlink.Link {
 	return link
 }
 
+// AwaitRunning waits until an interface has its carrier: what is sent before goes nowhere.
+func AwaitRunning(t testing.TB, name string) {
+	t.Helper()
+	vhosttest.Eventually(t, name+" has its carrier", func() bool { return Link(t, name).Attrs().OperState == netlink.OperUp })
+}
+
 // Lab is two network namespaces with a cable between them: the device's and the peer's. Nothing but the test's frames is on the cable.
 //
 //	Here [v0 02:00:00:00:00:01] ---------- [v0 02:00:00:00:00:02] There
@@ -85,10 +92,30 @@ func NewLab(t testing.TB, part string, mtu, queues int) *Lab {
 		end += fmt.Sprintf(" numtxqueues %d numrxqueues %d", queues, queues)
 	}
 	l.Run("ip -n " + l.Here + " link add v0" + end + " address 02:00:00:00:00:01 type veth peer name v0" + end + " address 02:00:00:00:00:02 netns " + l.There)
-	for _, ns := range []string{l.Here, l.There} {
+	l.Up()
+	return l
+}
+
+// Up sets both ends up, and waits for their carriers, of which the kernel hears some time after.
+func (l *Lab) Up() {
+	l.Helper()
+	both := []string{l.Here, l.There}
+	for _, ns := range both {
 		l.Run("ip -n " + ns + " link set v0 up")
 	}
-	return l
+	for _, ns := range both {
+		l.In(ns, func() error {
+			for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+				link, err := netlink.LinkByName("v0")
+				if err != nil || link.Attrs().OperState == netlink.OperUp {
+					return err
+				}
+				if time.Now().After(end) {
+					return fmt.Errorf("v0 of %s has no carrier", ns)
+				}
+			}
+		})
+	}
 }
 
 // For is the lab for a subtest.

@@ -39,18 +39,8 @@ func makeVeth(t testing.TB) {
 	must(t, netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: farName, PeerMTU: testMTU}))
 	must(t, netlink.LinkSetUp(netdevtest.Link(t, devName)))
 	must(t, netlink.LinkSetUp(netdevtest.Link(t, farName)))
-	awaitRunning(t, devName)
-	awaitRunning(t, farName)
-}
-
-// awaitRunning waits until the interface has its carrier: what is sent before goes nowhere.
-func awaitRunning(t testing.TB, name string) {
-	t.Helper()
-	for deadline := time.Now().Add(testTimeout); netdevtest.Link(t, name).Attrs().OperState != netlink.OperUp; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%s has no carrier", name)
-		}
-	}
+	netdevtest.AwaitRunning(t, devName)
+	netdevtest.AwaitRunning(t, farName)
 }
 
 func open(t testing.TB, spec string) *Device {

@@ -198,8 +198,8 @@ func TestLinkDownUp(t *testing.T) {
 				if !<-waiting {
 					t.Fatal("nothing tells that the interface is up again")
 				}
-				awaitRunning(t, devName)
-				awaitRunning(t, farName)
+				netdevtest.AwaitRunning(t, devName)
+				netdevtest.AwaitRunning(t, farName)
 				w.Inject(netdevtest.Frame(100, round))
 				if _, b := g.recv(); !bytes.Equal(b, netdevtest.Frame(100, round)) {
 					t.Fatalf("got %.40x", b)

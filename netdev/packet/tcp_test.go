@@ -154,7 +154,7 @@ func farStack(t *testing.T) net.Listener {
 	r := <-listening
 	must(t, err)
 	must(t, r.err)
-	awaitRunning(t, devName)
+	netdevtest.AwaitRunning(t, devName)
 	t.Cleanup(func() { r.l.Close() })
 	return r.l
 }

@@ -76,6 +76,7 @@ func (l *lab) v6() {
 		l.Run("ip -n " + ns + " link set v0 up")
 		l.Run("ip -n " + ns + " address add " + ip + " dev v0 nodad")
 	}
+	l.Up()
 }
 
 // TestGroupAndPeers: a frame for all goes to the group and to each host; whoever answers is sent to alone, and group or not he is heard.

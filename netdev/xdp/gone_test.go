@@ -88,7 +88,7 @@ func TestWaitingWhileDown(t *testing.T) {
 	if n := xdp.Nap(d); n < 10*time.Millisecond {
 		t.Errorf("it is looked at every %v", n)
 	}
-	l.Run("ip -n " + l.Here + " link set v0 up")
+	l.Up()
 	if f, _ := w.recv(); !bytes.Equal(f, netdevtest.Frame(100, 1)) {
 		t.Errorf("got %x", f)
 	}

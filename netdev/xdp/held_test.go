@@ -54,7 +54,7 @@ func TestPageChangedWhileHeld(t *testing.T) {
 					want[i] ^= 0xff
 				}
 			}
-			m.Run("ip -n " + m.Here + " link set v0 up")
+			m.Up()
 			if got, _ := m.far.recv(); !bytes.Equal(got, want) {
 				t.Errorf("%d bytes arrived, as they were when sent: %v", len(got), bytes.Equal(got, frame))
 			}
@@ -91,7 +91,7 @@ func TestStopWithFramesHeld(t *testing.T) {
 				t.Errorf("%+v", st)
 			}
 			m.Hangup()
-			m.Run("ip -n " + m.Here + " link set v0 up")
+			m.Up()
 			m.Guest = m.Successor(vhosttest.Options{})
 			m.toHost(20, sizes(1500), nil) // in which none of the old ones shows
 			m.toGuest(100, sizes(1500))
@@ -309,7 +309,7 @@ func TestOtherQueuesPass(t *testing.T) {
 		binary.BigEndian.PutUint16(f[34:], uint16(1000+i))
 		far.Send(f)
 	}
-	for _, ok := host.tryRecv(1e9); ok; _, ok = host.tryRecv(5e7) {
+	for _, ok := host.tryRecv(patience); ok; _, ok = host.tryRecv(5e7) {
 		n++
 	}
 	if n == 0 || n == 64 {
