@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/internal/require"
+	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
@@ -96,8 +97,9 @@ func TestRecvLarge(t *testing.T) {
 					if _, got = g.Take(); got != nil {
 						break
 					}
-					if n, idle, err := g.q.Recv(g.posted, 1); err != nil || n == 0 && idle {
-						t.Fatalf("Recv: %d, %v, %v", n, idle, err)
+					n, idle, err := g.q.Recv(g.posted, 1)
+					if must(t, err); n == 0 && idle && !netdevtest.Poll(t, g.q.RecvFD(), unix.POLLIN, testTimeout) {
+						t.Fatal("no frame came")
 					}
 					g.Post(1, lens...) // one by one, so that frames have to wait for room
 				}
@@ -169,6 +171,8 @@ func TestRecvOverflow(t *testing.T) {
 	for i := range slots + more {
 		w.Inject(netdevtest.Frame(60, uint32(i)))
 	}
+	// All have come before the first is taken: it makes room.
+	vhosttest.Eventually(t, "the frames without room", func() bool { return d.Queue(0).Counters().RecvDropped >= more })
 	for i := range slots {
 		if _, b := g.recv(); !bytes.Equal(b, netdevtest.Frame(60, uint32(i))) {
 			t.Fatalf("frame %d is another", i)
@@ -267,8 +271,8 @@ func TestFanout(t *testing.T) {
 		t.Logf("this kernel lets no socket share the frames of an interface that is down: %v", err)
 	}
 	must(t, netlink.LinkSetUp(netdevtest.Link(t, devName)))
-	awaitRunning(t, devName)
-	awaitRunning(t, farName)
+	netdevtest.AwaitRunning(t, devName)
+	netdevtest.AwaitRunning(t, farName)
 	must(t, d.SetPairs(2))
 	if got := flows(t, d, w, 64, 2); got[0] == 0 || got[1] == 0 {
 		t.Errorf("after the interface was down: %v", got)
