@@ -7,6 +7,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
@@ -20,19 +21,22 @@ func spread(t *testing.T, d *Device, w wire) []int {
 		w.Send(udpFrame(uint16(i)))
 	}
 	got, total := make([]int, len(d.queues)), 0
-	for i := range d.queues {
-		if d.queues[i].detached {
-			continue
+	vhosttest.Eventually(t, "every frame", func() bool {
+		for i := range d.queues {
+			if d.queues[i].detached {
+				continue
+			}
+			g := newGuest(t, 256, plain)
+			g.post(256, 128)
+			n, idle, err := d.Queue(i).Recv(g.posted, 256)
+			must(t, err)
+			if !idle {
+				t.Errorf("queue %d is not idle after %d frames", i, n)
+			}
+			got[i], total = got[i]+n, total+n
 		}
-		g := newGuest(t, 256, plain)
-		g.post(256, 128)
-		n, idle, err := d.Queue(i).Recv(g.posted, 256)
-		must(t, err)
-		if !idle {
-			t.Errorf("queue %d is not idle after %d frames", i, n)
-		}
-		got[i], total = n, total+n
-	}
+		return total >= frames
+	})
 	if total != frames {
 		t.Fatalf("%d frames of %d arrived: %v", total, frames, got)
 	}
@@ -123,6 +127,8 @@ func addMacvtap(t *testing.T, name string) string {
 	if err := netlink.LinkAdd(mv); err != nil {
 		skipTap(t, "a macvtap cannot be made: %v", err)
 	}
+	netdevtest.AwaitRunning(t, near.Name)
+	netdevtest.AwaitRunning(t, far)
 	return far
 }
 
