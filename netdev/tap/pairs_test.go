@@ -127,6 +127,12 @@ func addMacvtap(t *testing.T, name string) string {
 	if err := netlink.LinkAdd(mv); err != nil {
 		skipTap(t, "a macvtap cannot be made: %v", err)
 	}
+	// Not left to the end of the namespace, which comes some time after the test's: the next one's may get the same index, and no node.
+	t.Cleanup(func() {
+		if link, err := netlink.LinkByName(name); err == nil {
+			must(t, netlink.LinkDel(link))
+		}
+	})
 	netdevtest.AwaitRunning(t, near.Name)
 	netdevtest.AwaitRunning(t, far)
 	return far
