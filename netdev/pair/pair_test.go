@@ -71,12 +71,7 @@ func outcomes(n int) (bufs []*zerocopy.Buffer, got *[]zerocopy.Outcome) {
 
 func ready(t *testing.T, fd int, events int16) bool {
 	t.Helper()
-	fds := []unix.PollFd{{Fd: int32(fd), Events: events}}
-	n, err := unix.Poll(fds, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n == 1
+	return netdevtest.Poll(t, fd, events, 0)
 }
 
 func TestHoldKeepsPagesUntilReleasedOrReceived(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
+	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/offload"
 	"github.com/vhostd/vhostd/virtio"
 	"github.com/vhostd/vhostd/zerocopy"
@@ -29,12 +30,7 @@ func testPacket(n int) *stack.PacketBuffer {
 
 func readable(t testing.TB, fd int, wait time.Duration) bool {
 	t.Helper()
-	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	n, err := unix.Poll(fds, int(wait.Milliseconds()))
-	if err != nil && err != unix.EINTR {
-		t.Fatal(err)
-	}
-	return n == 1
+	return netdevtest.Poll(t, fd, unix.POLLIN, wait)
 }
 
 // TestOutboxLosesNoWakeUp: a worker that sleeps on an empty outbox gets every packet, with no help from a timer.
