@@ -12,6 +12,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/miekg/dns"
+
+	"github.com/vhostd/vhostd/internal/vhosttest"
 )
 
 // query asks the device's name server.
@@ -56,6 +58,21 @@ func answers(r *dns.Msg) []string {
 	return s
 }
 
+// samePort listens for datagrams and connections on one port, which for either alone may be another's.
+func samePort(t *testing.T) (pc net.PacketConn, l net.Listener) {
+	t.Helper()
+	vhosttest.Eventually(t, "a port that is free for both", func() bool {
+		var err error
+		l, err = net.Listen("tcp4", "127.0.0.1:0")
+		must(t, err)
+		if pc, err = net.ListenPacket("udp4", l.Addr().String()); err != nil {
+			l.Close()
+		}
+		return err == nil
+	})
+	return pc, l
+}
+
 // upstream is a name server of the host's.
 func upstream(t *testing.T, d *Device) {
 	t.Helper()
@@ -78,10 +95,7 @@ func upstream(t *testing.T, d *Device) {
 		}
 		w.WriteMsg(r)
 	})
-	pc, err := net.ListenPacket("udp4", "127.0.0.1:0")
-	must(t, err)
-	l, err := net.Listen("tcp4", pc.LocalAddr().String())
-	must(t, err)
+	pc, l := samePort(t)
 	for _, srv := range []*dns.Server{{PacketConn: pc, Handler: h}, {Listener: l, Handler: h}} {
 		started, done := make(chan struct{}), make(chan struct{})
 		srv.NotifyStartedFunc = func() { close(started) }
