@@ -12,10 +12,8 @@ package netdevtest
 
 import (
 	"testing"
-	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/virtio"
 )
@@ -125,7 +123,7 @@ func (s *suite) needInject() {
 }
 
 // patience is how long the suite waits for what must come.
-const patience = 20 * time.Second
+const patience = vhosttest.Patience
 
 // await polls fd for events; it must become ready.
 func (s *suite) await(fd int, events int16, what string) {
@@ -133,19 +131,8 @@ func (s *suite) await(fd int, events int16, what string) {
 	if fd < 0 {
 		s.Fatalf("%s is %d although something is to be waited for", what, fd)
 	}
-	fds := []unix.PollFd{{Fd: int32(fd), Events: events}}
-	deadline := time.Now().Add(patience)
-	for {
-		n, err := unix.Poll(fds, int(time.Until(deadline).Milliseconds()))
-		switch {
-		case err == unix.EINTR:
-		case err != nil:
-			s.Fatalf("poll of %s: %v", what, err)
-		case n == 0:
-			s.Fatalf("%s is not ready after %v", what, patience)
-		default:
-			return
-		}
+	if !Poll(s, fd, events, patience) {
+		s.Fatalf("%s is not ready after %v", what, patience)
 	}
 }
 

@@ -19,7 +19,7 @@ func TestMain(m *testing.M) { vhosttest.Main(m) }
 
 const (
 	part        = "netns"
-	testTimeout = 20 * time.Second
+	testTimeout = vhosttest.Patience
 	devName     = "pk0" // the device's interface, in the tests' namespace
 	farName     = "pk1" // the other end of its wire
 	testMTU     = 9000

@@ -15,6 +15,7 @@ import (
 	"github.com/vhostd/vhostd/guestmem"
 	"github.com/vhostd/vhostd/internal/require"
 	"github.com/vhostd/vhostd/internal/sys"
+	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/netdev"
 	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/offload"
@@ -24,7 +25,7 @@ import (
 )
 
 // testTimeout is how long a test waits for what must come.
-const testTimeout = 20 * time.Second
+const testTimeout = vhosttest.Patience
 
 // inNetns moves the test to a network namespace of its own. Subtests would run on threads outside of it: a test that calls it has none.
 func inNetns(t testing.TB) {

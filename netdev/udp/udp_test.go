@@ -21,7 +21,7 @@ import (
 
 func TestMain(m *testing.M) { vhosttest.Main(m) }
 
-const patience = 20 * time.Second
+const patience = vhosttest.Patience
 
 func must(t testing.TB, err error) {
 	t.Helper()

@@ -49,7 +49,7 @@ func TestInterfaceGone(t *testing.T) {
 			if n := q.Counters().SendDropped; n != frames+10 {
 				t.Errorf("%d frames were dropped, want %d", n, frames+10)
 			}
-			if !netdevtest.Poll(t, q.SendFD(), unix.POLLOUT, time.Second) {
+			if !netdevtest.Poll(t, q.SendFD(), unix.POLLOUT, patience) {
 				t.Error("SendFD says that there is no room")
 			}
 			must(t, xdp.Unbind(d))
@@ -57,7 +57,7 @@ func TestInterfaceGone(t *testing.T) {
 				taken, _ := sendFrame(q)
 				return taken
 			})
-			if !netdevtest.Poll(t, q.SendFD(), unix.POLLOUT, time.Second) {
+			if !netdevtest.Poll(t, q.SendFD(), unix.POLLOUT, patience) {
 				t.Error("SendFD says that there is no room after the socket was closed")
 			}
 			if n := xdp.Nap(d); n != 0 {

@@ -9,11 +9,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vhostd/vhostd/internal/vhosttest"
 	"github.com/vhostd/vhostd/netdev/netdevtest"
 	"github.com/vhostd/vhostd/netdev/xdp"
 )
 
-const patience = 20 * time.Second
+const patience = vhosttest.Patience
 
 // lab is a cable from the device, here, to the peer.
 type lab struct{ *netdevtest.Lab }
