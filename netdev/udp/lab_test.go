@@ -2,6 +2,7 @@ package udp_test
 
 import (
 	"fmt"
+	"os/exec"
 	"testing"
 
 	"github.com/vhostd/vhostd/internal/require"
@@ -68,6 +69,12 @@ func (l *lab) peer(kind, name string, mtu int) {
 	l.Run(fmt.Sprintf("ip -n %s link set %s mtu %d up", l.There, name, mtu))
 	// Else the kernel puts the segments that it gets together again.
 	l.Run(fmt.Sprintf("ip netns exec %s %s -K %s gro off", l.There, require.Tool(l, "netns", "ethtool"), name))
+}
+
+// inOrder has one processor deliver there, or frames that left here by two would overtake each other.
+func (l *lab) inOrder() {
+	l.Helper()
+	must(l, exec.Command("ip", "netns", "exec", l.There, "sh", "-c", "echo 1 > /sys/class/net/v0/queues/rx-0/rps_cpus").Run())
 }
 
 // bucket is how many bytes pass a held interface before frames wait.

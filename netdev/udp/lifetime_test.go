@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os/exec"
 	"testing"
 	"time"
 
@@ -46,8 +45,7 @@ const (
 func newStation(t *testing.T, l *lab, engine string) *station {
 	s := &station{lab: &lab{l.For(t)}, far: &far{TB: t}}
 	s.Run("ip -n " + s.There + " link set v0 arp off")
-	// One processor delivers there, or frames that left here by two would overtake each other.
-	must(t, exec.Command("ip", "netns", "exec", s.There, "sh", "-c", "echo 1 > /sys/class/net/v0/queues/rx-0/rps_cpus").Run())
+	s.inOrder()
 	s.resolve()
 	s.In(s.There, func() (err error) {
 		s.far.conn, err = net.ListenUDP("udp4", &net.UDPAddr{IP: net.ParseIP(thereIP), Port: 7000})

@@ -45,6 +45,7 @@ type rig struct {
 func newRig(t *testing.T, options string, edit ...func(o *udp.Options)) *rig {
 	t.Helper()
 	r := &rig{lab: newLab(t, 65535), far: &far{TB: t}, sent: newSent()}
+	r.inOrder()
 	r.In(r.There, func() (err error) {
 		r.far.conn, err = net.ListenUDP("udp4", &net.UDPAddr{IP: net.ParseIP(thereIP), Port: 7000})
 		return err
