@@ -45,7 +45,7 @@ func open(ctx context.Context, c Config) (*session, error) {
 			return nil, err
 		}
 		s.recv, s.far.recv = s.far.recv, s.recv
-		err = s.far.introduce()
+		err = s.far.introduce(c.patience())
 		s.far.ended = make(chan struct{})
 		go s.far.watch()
 	}
@@ -60,7 +60,7 @@ func open(ctx context.Context, c Config) (*session, error) {
 
 // introduce sends a frame from the address that all others go to, so that a switch knows where that is: to everybody, as a switch holds none of those for one guest
 // that has posted no buffer yet.
-func (s *session) introduce() error {
+func (s *session) introduce(patience time.Duration) error {
 	buf, ok := s.send.next()
 	if !ok {
 		return errors.New("transmitq: no room")
@@ -73,7 +73,7 @@ func (s *session) introduce() error {
 		return fmt.Errorf("transmitq: %w", err)
 	}
 	s.send.flush()
-	for deadline := time.Now().Add(time.Second); time.Now().Before(deadline); {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
 		if _, _, _, ok := s.send.reap(); ok {
 			return nil
 		}

@@ -51,6 +51,7 @@ func TestThroughSwitch(t *testing.T) {
 	}
 	c := bench.DefaultConfig()
 	c.Path, c.To, c.Direction, c.Duration, c.WarmUp = filepath.Join(dir, "a"), filepath.Join(dir, "b"), bench.Through, 200*time.Millisecond, 0
+	c.LostAfter, c.Patience = vhosttest.Patience, 2*vhosttest.Patience // no machine is so busy
 	closed := c
 	closed.Window, closed.Verify, closed.Frames = 6, true, []int{60, 1514, 65535, 2037}
 	r, err := bench.Run(t.Context(), closed)
