@@ -2,6 +2,7 @@ package backend
 
 import (
 	"testing"
+	"time"
 
 	"github.com/vhostd/vhostd/guestmem"
 	"github.com/vhostd/vhostd/internal/vhosttest"
@@ -16,6 +17,13 @@ func TakeHeap(t testing.TB) {
 		return guestmem.NewRegion(fd, off, guest, user, size)
 	}
 	t.Cleanup(func() { newRegion = guestmem.NewRegion })
+}
+
+// EnableGrace sets how long a ring that has just started waits to be enabled, until the end of the test. No session may be open.
+func EnableGrace(t testing.TB, d time.Duration) {
+	was := enableGrace
+	enableGrace = d
+	t.Cleanup(func() { enableGrace = was })
 }
 
 // Repeats is for how many regions the session has counted further ADD_MEM_REGs.

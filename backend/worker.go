@@ -188,8 +188,8 @@ func (q *queue) transmit(arm bool) step {
 	return q.armTransmit()
 }
 
-// enableGrace is how long a ring that has just started waits for SET_VRING_ENABLE.
-const enableGrace = time.Second
+// enableGrace is how long a ring that has just started waits for SET_VRING_ENABLE. Tests alone change it.
+var enableGrace = time.Second
 
 // settling tells that the ring has started and was not enabled yet. What the guest sends on a disabled ring is discarded, but front-ends
 // enable a ring a moment after they start it, and a frame that waits there at a reconnect, or is sent in between, need not be lost.
