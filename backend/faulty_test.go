@@ -353,8 +353,10 @@ func TestFaultyRecv(t *testing.T) {
 	if err := s.Transmitq(0).Settle(); err != nil {
 		t.Error(err)
 	}
+	failures := func() int { return strings.Count(s.log.String(), "the cable is cut") }
+	vhosttest.Eventually(t, "a line about the failure", func() bool { return failures() > 0 }) // a worker that has not begun yet sleeps as well
 	sleeps(t, s.be, 0)
-	if n := strings.Count(s.log.String(), "the cable is cut"); n != 1 {
+	if n := failures(); n != 1 {
 		t.Errorf("the error is logged %d times:\n%s", n, s.log.String())
 	}
 	s.stops(t, 0)
@@ -375,7 +377,7 @@ func TestFaultyRecv(t *testing.T) {
 	} else if _, err := vhosttest.CheckFrame(got); err != nil {
 		t.Error(err)
 	}
-	vhosttest.Eventually(t, "a line about the second failure", func() bool { return strings.Count(s.log.String(), "the cable is cut") == 2 })
+	vhosttest.Eventually(t, "a line about the second failure", func() bool { return failures() == 2 })
 	s.stops(t, 0)
 	s.stops(t, 1)
 }
