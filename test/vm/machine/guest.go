@@ -61,10 +61,14 @@ func (m *Machine) Link(ctx context.Context, a rpc.LinkArgs) (rpc.LinkResult, err
 	return call[rpc.LinkResult](ctx, m, a.Wait, rpc.OpLink, a)
 }
 
+// replyTime is how long to wait for a reply that may be lost. An emulated guest on a busy machine may stand still for seconds; where nothing is lost, waiting costs
+// nothing.
+const replyTime = 20 * time.Second
+
 // Ping sends echo requests from the guest.
 func (m *Machine) Ping(ctx context.Context, a rpc.PingArgs) (rpc.PingResult, error) {
 	if a.Timeout == 0 {
-		a.Timeout = 5 * time.Second
+		a.Timeout = replyTime
 	}
 	return call[rpc.PingResult](ctx, m, a.Timeout*time.Duration(a.Count), rpc.OpPing, a)
 }
@@ -80,7 +84,7 @@ func (m *Machine) TCP(ctx context.Context, a rpc.TCPArgs) (stream.Result, error)
 // UDP sends datagrams from the guest to an echo server.
 func (m *Machine) UDP(ctx context.Context, a rpc.UDPArgs) (stream.EchoCounters, error) {
 	if a.Timeout == 0 {
-		a.Timeout = 5 * time.Second
+		a.Timeout = replyTime
 	}
 	return call[stream.EchoCounters](ctx, m, a.Timeout+time.Minute, rpc.OpUDP, a)
 }

@@ -38,7 +38,7 @@ type Options struct {
 	User int
 	// Console receives the guest's console, line by line; nil: it is only kept.
 	Console func(line string)
-	// Timeout ends the guest, whatever it does; 5 minutes.
+	// Timeout ends the guest, whatever it does; 15 minutes, which a whole run of the tests has.
 	Timeout time.Duration
 }
 
@@ -58,7 +58,7 @@ func (o Options) withDefaults() Options {
 		o.MAC = "52:54:00:12:34:56"
 	}
 	if o.Timeout == 0 {
-		o.Timeout = 5 * time.Minute
+		o.Timeout = 15 * time.Minute
 	}
 	return o
 }

@@ -114,7 +114,7 @@ func TestEcho(t *testing.T) {
 	for range 20 {
 		e.Send()
 	}
-	for end := time.Now().Add(10 * time.Second); e.Counters().Received < 20 && time.Now().Before(end); {
+	for end := time.Now().Add(30 * time.Second); e.Counters().Received < 20 && time.Now().Before(end); {
 		time.Sleep(time.Millisecond)
 	}
 	c := e.Counters()
