@@ -16,12 +16,12 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"go.uber.org/goleak"
 
 	"github.com/vhostd/vhostd/internal/sys"
+	"github.com/vhostd/vhostd/internal/vhosttest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { vhosttest.Main(m) }
 
 // answer is what the fake provider of these tests reports.
 type answer struct {
