@@ -159,7 +159,9 @@ func checkResult(t *testing.T, c Config, r *Result) {
 	if got := r.HostToGuest.Frames > 0; got != c.Direction.receives() {
 		t.Errorf("%d frames to the guest", r.HostToGuest.Frames)
 	}
-	if (r.Latency != nil) != (c.Direction == Echo || c.Direction == GuestToHost) && c.Direction != Both {
+	// Of frames to the host one of those that are out is timed: where fewer came back than that may be, it need not be among them.
+	few := c.Direction == GuestToHost && r.Latency == nil && r.GuestToHost.Frames < uint64(c.Size)
+	if (r.Latency != nil) != (c.Direction == Echo || c.Direction == GuestToHost) && c.Direction != Both && !few {
 		t.Errorf("latency %+v", r.Latency)
 	}
 	if r.Lost+r.Foreign > 0 || r.Interrupted || r.Behind || r.PID != os.Getpid() {
