@@ -107,8 +107,8 @@ func (g *Guest) dial() *vhostuser.FrontEnd {
 	return vhostuser.NewFrontEnd(mine)
 }
 
-// connOptions keep a hostile case short: what is left unfinished ends soon.
-var connOptions = vhostuser.ConnOptions{PartialTimeout: time.Second, WriteTimeout: time.Second}
+// connOptions keep a hostile case short: what is left unfinished ends soon, though not before a test on a busy machine goes on with a message that it sends in pieces.
+var connOptions = vhostuser.ConnOptions{PartialTimeout: 5 * time.Second, WriteTimeout: time.Second}
 
 // Negotiate acks features and protocol features, and owns the session.
 func (g *Guest) Negotiate() {
