@@ -14,32 +14,11 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
 
 // patience bounds waits that end at once unless something is broken.
 const patience = 30 * time.Second
-
-func TestMain(m *testing.M) {
-	warm, _ := net.ListenUnix("unixpacket", &net.UnixAddr{Name: "@", Net: "unixpacket"}) // the poller's descriptors
-	if warm != nil {
-		warm.Close()
-	}
-	code := m.Run()
-	// This is vhosttest.Main, which uses this package.
-	for start := time.Now(); code == 0; {
-		err := goleak.Find()
-		if err == nil {
-			break
-		}
-		if time.Since(start) > patience {
-			fmt.Fprintf(os.Stderr, "goroutines are left: %v\n", err)
-			code = 1
-		}
-	}
-	os.Exit(code)
-}
 
 // openFDs lists the open descriptors of the process with what they refer to.
 func openFDs() map[string]string {

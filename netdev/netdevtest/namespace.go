@@ -15,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vhostd/vhostd/internal/require"
-	"github.com/vhostd/vhostd/internal/vhosttest"
 )
 
 // InNamespace moves the test to a network namespace of its own, in which the kernel sends nothing by itself. Subtests run on threads
@@ -57,7 +56,24 @@ func Link(t testing.TB, name string) netlink.Link {
 // AwaitRunning waits until an interface has its carrier: what is sent before goes nowhere.
 func AwaitRunning(t testing.TB, name string) {
 	t.Helper()
-	vhosttest.Eventually(t, name+" has its carrier", func() bool { return Link(t, name).Attrs().OperState == netlink.OperUp })
+	if err := awaitRunning(name); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func awaitRunning(name string) error {
+	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		link, err := netlink.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		if link.Attrs().OperState == netlink.OperUp {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("%s has no carrier after %v", name, patience)
+		}
+	}
 }
 
 // Lab is two network namespaces with a cable between them: the device's and the peer's. Nothing but the test's frames is on the cable.
@@ -104,17 +120,7 @@ func (l *Lab) Up() {
 		l.Run("ip -n " + ns + " link set v0 up")
 	}
 	for _, ns := range both {
-		l.In(ns, func() error {
-			for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
-				link, err := netlink.LinkByName("v0")
-				if err != nil || link.Attrs().OperState == netlink.OperUp {
-					return err
-				}
-				if time.Now().After(end) {
-					return fmt.Errorf("v0 of %s has no carrier", ns)
-				}
-			}
-		})
+		l.In(ns, func() error { return awaitRunning("v0") })
 	}
 }
 

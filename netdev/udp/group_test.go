@@ -72,8 +72,7 @@ func (l *lab) v6() {
 		if err := l.Try("ip netns exec " + ns + " sysctl -qw net.ipv6.conf.v0.disable_ipv6=0 net.ipv6.conf.v0.accept_dad=0"); err != nil {
 			require.Skip(l, "netns", "the kernel has no IPv6: %v", err)
 		}
-		l.Run("ip -n " + ns + " link set v0 down")
-		l.Run("ip -n " + ns + " link set v0 up")
+		l.Run("ip -n " + ns + " link set v0 down") // it takes an address of its own link when it is up again
 		l.Run("ip -n " + ns + " address add " + ip + " dev v0 nodad")
 	}
 	l.Up()
